@@ -1,0 +1,1 @@
+"""A recommender on the device and in the cloud."""

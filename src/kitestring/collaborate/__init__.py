@@ -1,0 +1,1 @@
+"""Ways of collaborating between devices and a cloud: one algorithm, one file, its paper on top."""

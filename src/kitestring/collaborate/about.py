@@ -1,0 +1,52 @@
+"""What a collaboration says of itself, beside what its declarations prove."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Need = Literal["pool", "models", "split", "confidence"]
+NEEDS: dict[Need, str] = {
+    "pool": "a pool: users whose rows the cloud has",
+    "models": "models that train: this task brings recorded answers",
+    "split": "differentiable features: a small model with children `front` and `back`",
+    "confidence": "a confidence: an answer that says how sure it is (classes, a binary logit)",
+}
+
+
+@dataclass(frozen=True)
+class About:
+    title: str
+    family: Literal["baseline", "parameters", "features", "data", "request"]
+    paper: str
+    says: str  # one plain sentence
+    needs: tuple[Need, ...]
+    large: Literal["", "large", "joint"] = ""  # the pool-trained large model that gains, if one does
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every collaboration is given to spend, and the learning rates it may try."""
+
+    local_epochs: int
+    rounds: int
+    batch: int
+    optimiser: str
+    lrs: tuple[float, ...]
+    rows: int  # of a typical (median) device
+    cloud_epochs: int
+    cloud_batch: int
+    cloud_optimiser: str
+    cloud_lrs: tuple[float, ...]
+    gift: int
+    cloud_share: float
+
+    @property
+    def epochs(self) -> int:
+        """Local epochs a round, so that the rounds make up the local epochs."""
+        return max(1, self.local_epochs // self.rounds)
+
+    @property
+    def steps(self) -> int:
+        """Minibatches in all the local epochs of a typical device."""
+        return self.local_epochs * max(1, -(-self.rows // self.batch))

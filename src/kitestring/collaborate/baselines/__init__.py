@@ -1,0 +1,1 @@
+"""What collaborations are compared with: no collaboration, and giving everything away."""

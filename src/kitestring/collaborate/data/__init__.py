@@ -1,0 +1,1 @@
+"""Collaborations in which data crosses: samples, labels or candidates."""

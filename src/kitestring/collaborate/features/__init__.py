@@ -1,0 +1,1 @@
+"""Collaborations in which features cross: activations, logits or their gradients."""

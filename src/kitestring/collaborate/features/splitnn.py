@@ -1,0 +1,128 @@
+"""SplitNN: the device computes a front, the cloud the rest; features and labels go up, gradients down.
+
+Gupta & Raskar: "Distributed learning of deep neural network over multiple agents", J. Network and Computer
+Applications 2018; Vepakomma et al., arXiv 1812.00564. All devices step at once and keep their fronts to
+themselves, while the cloud's half is shared (Thapa et al., "SplitFed", AAAI 2022, without averaging fronts).
+
+One exchange is one minibatch: the gradient of the last one comes down, the features of the next go up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from kitestring.collaborate.about import About, Budget
+from kitestring.collaborate.services import Split
+from kitestring.core import Array, Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Tree
+
+
+@dataclass(frozen=True)
+class State:
+    step: int
+    weights: Tree = field(default_factory=Tree)  # server.*, and the fronts' start front.*
+
+
+@dataclass(frozen=True)
+class SplitNN:
+    steps: int = 100
+    batch: int = 10
+    lr: float = 0.1
+
+    crosses: ClassVar[Crossing] = {
+        "start": Lane(
+            down={"parameters": ("front.*",)}, up={"features": ("h",), "data": ("y",)}
+        ),
+        "turn": Lane(down={"features": ("gradient",)}, up={"features": ("h",), "data": ("y",)}),
+        "end": Lane(down={"features": ("gradient",)}),
+    }
+    State: ClassVar[type[State]] = State
+    about: ClassVar[About] = About(
+        "SplitNN",
+        "features",
+        "Gupta & Raskar 2018",
+        "Device and cloud train one model cut in two; features and labels go up, gradients down.",
+        needs=("models", "split"),
+        large="joint",
+    )
+
+    @staticmethod
+    def trials(budget: Budget) -> list[SplitNN]:
+        return [SplitNN(budget.steps, budget.batch, lr) for lr in budget.lrs]
+
+    def install(self, devices: Devices) -> Tree:
+        return devices.initial("small").pick("front.")
+
+    def init(self, cloud: Cloud, seed: int) -> State:
+        return State(0, cloud.pretrained("joint").pick("front.", "server."))
+
+    def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
+        if state.step > self.steps:
+            return None
+        waiting = np.array(cloud.table.ids(), np.int64)  # for the gradient of their last batch
+        new = np.setdiff1d(cloud.sample(None), waiting)
+        front = Message(parameters=state.weights.pick("front."))
+
+        def each(ids: Array) -> Message:
+            return Message(features=cloud.table.get(ids))
+
+        if state.step == self.steps:
+            return [Ask("end", waiting, each=each)]
+        return [Ask("turn", waiting, each=each), Ask("start", new, all=front)]
+
+    def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
+        front = message.parameters if verb == "start" else devices.private.pick("front.")
+        if verb != "start":
+            at: Array = devices.private["batch"]
+            last = {"x": devices.data["x"].take(at, devices.private["size"])}
+            _, slope, _ = devices.backward(
+                "front", front, last, cotangent={"h": message.features["gradient"]}
+            )
+            front = Tree({**front, **(front.pick(*slope) - slope * np.float32(self.lr))})
+        if verb == "end":
+            return Message(), Tree(front)
+        at, size = draw(devices, self.batch)
+        x, y = (devices.data[k].take(at, size) for k in ("x", "y"))
+        h = devices.predict("front", front, {"x": x})["h"]
+        private = Tree({**front, "batch": at, "size": size})
+        return Message(features=Tree(h=h), data=Tree(y=y)), private
+
+    def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
+        server, total, count = state.weights.pick("server."), None, 0
+        for chunk in chunks:
+            m = chunk.message
+            if "h" not in m.features:
+                continue
+            h, y = m.features["h"], m.data["y"]
+            share = h.mask() / np.maximum(1, h.n)[:, None]
+            _, slope, back = cloud.backward(
+                "server", server, {"h": h, "y": y}, row_weights=share.astype(np.float32)
+            )
+            cloud.table.put(chunk.ids, Tree(gradient=back["h"]))
+            total = slope if total is None else total + slope
+            count += chunk.count
+        weights = state.weights
+        if total is not None:
+            step = total * np.float32(self.lr / count)
+            weights = Tree({**weights, **(weights.pick(*step) - step)})
+        return State(state.step + 1, weights)
+
+    def serve(self) -> Split:
+        return Split()
+
+    def large(self) -> Split:
+        return Split()
+
+
+def draw(devices: Devices, batch: int) -> tuple[Array, Array]:
+    """A minibatch without repetition for each device: row numbers [D, batch], how many count [D]."""
+    rows = devices.data["x"]
+    width = rows.values.shape[1]
+    order = np.argsort(np.where(rows.mask(), devices.uniform("batch", width), 2), axis=1, stable=True)
+    wide = np.zeros((len(order), batch), np.int64)
+    wide[:, : min(batch, width)] = order[:, :batch]
+    size = np.minimum(rows.n, batch)
+    return np.where(np.arange(batch) < size[:, None], wide, 0), size

@@ -1,0 +1,1 @@
+"""Collaborations in which parameters cross: weights, deltas or adapters."""

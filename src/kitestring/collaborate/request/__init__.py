@@ -1,0 +1,1 @@
+"""Collaborations at the time of a request: the device answers, or asks the cloud."""

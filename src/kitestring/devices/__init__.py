@@ -1,0 +1,1 @@
+"""What a device is: its hardware profile, its rows and its training."""

@@ -1,0 +1,1 @@
+"""The three primitives on PyTorch. Only here, in tasks and in apps is torch imported."""

@@ -1,0 +1,1 @@
+"""Where replies are computed. An engine runs any collaboration and knows none by name."""

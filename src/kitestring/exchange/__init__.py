@@ -1,0 +1,1 @@
+"""What crosses between a device and the cloud: packed, stored and metered."""

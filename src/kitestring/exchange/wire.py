@@ -1,0 +1,105 @@
+"""Messages as bytes: a record for each leaf, one after the other; nothing else crosses.
+
+A record is  kind u8 | dtype u8 | dimensions u8 | name length u8 | name | sizes u32... | values,
+little-endian, C order. The kind's high bit marks `Rows`, of which only the real rows are packed.
+The size follows from names, dtypes and shapes, so traffic can be billed without packing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kitestring.core import KINDS, Kind, Message, Rows, Tree
+from kitestring.errors import BadBytes
+
+DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")
+_RAGGED = 0x80
+
+
+def _one(leaf: Any, d: int) -> Any:
+    if isinstance(leaf, Rows):
+        return leaf.values[d, : int(leaf.n[d])]
+    return leaf[d]
+
+
+def _record(kind: int, name: str, array: Any) -> bytes:
+    array = np.asarray(array)
+    label = name.encode()
+    head = struct.pack("<BBBB", kind, DTYPES.index(array.dtype.name), array.ndim, len(label))
+    sizes = struct.pack(f"<{array.ndim}I", *array.shape)
+    return head + label + sizes + np.ascontiguousarray(array).tobytes()
+
+
+def pack(message: Message, d: int) -> bytes:
+    """Device d's share of a message. The empty message packs to nothing."""
+    return b"".join(
+        _record(KINDS.index(kind) | (_RAGGED if isinstance(leaf, Rows) else 0), name, _one(leaf, d))
+        for kind, name, leaf in message.leaves()
+    )
+
+
+def sizes(message: Message) -> dict[tuple[Kind, str], Any]:
+    """Bytes [D] that `pack` makes of each leaf, computed without packing."""
+    out: dict[tuple[Kind, str], Any] = {}
+    for kind, name, leaf in message.leaves():
+        if isinstance(leaf, Rows):
+            row = leaf.values.dtype.itemsize * int(np.prod(leaf.values.shape[2:]))
+            dimensions, body = leaf.values.ndim - 1, np.asarray(leaf.n) * row
+        else:
+            dimensions, body = leaf.ndim - 1, np.full(len(leaf), leaf[:1].nbytes if len(leaf) else 0)
+        out[kind, name] = body + 4 + len(name.encode()) + 4 * dimensions
+    return out
+
+
+def unpack(blob: bytes) -> Message:
+    """The inverse of `pack`, for one device (leading axis 1). Raises `BadBytes`."""
+    message, at = Message(), 0
+    try:
+        while at < len(blob):
+            code, dtype, dimensions, length = struct.unpack_from("<BBBB", blob, at)
+            at += 4
+            name = blob[at : at + length].decode()
+            at += length
+            shape = struct.unpack_from(f"<{dimensions}I", blob, at)
+            at += 4 * dimensions
+            count = int(np.prod(shape, dtype=np.int64))
+            array = np.frombuffer(blob, DTYPES[dtype], count, at).reshape(shape)
+            at += array.nbytes
+            leaf = Rows(array[None], np.array([len(array)])) if code & _RAGGED else array[None]
+            getattr(message, KINDS[code & ~_RAGGED])[name] = leaf
+    except (struct.error, IndexError, ValueError, UnicodeDecodeError) as problem:
+        raise BadBytes(f"not a packed message at byte {at} of {len(blob)}: {problem}") from None
+    return message
+
+
+def stack_leaves(leaves: Sequence[Any]) -> Any:
+    """Leaves of one device each -> one leaf of all; `Rows` are padded with zeros."""
+    if not isinstance(leaves[0], Rows):
+        return leaves[0] if len(leaves) == 1 else np.concatenate(leaves)
+    n = np.array([int(rows.n[0]) for rows in leaves])
+    first = leaves[0].values
+    values = np.zeros((len(leaves), max(1, n.max()), *first.shape[2:]), first.dtype)
+    for d, rows in enumerate(leaves):
+        values[d, : n[d]] = rows.values[0, : n[d]]
+    return Rows(values, n)
+
+
+def stack_trees(trees: Sequence[Tree]) -> Tree:
+    return Tree({name: stack_leaves([tree[name] for tree in trees]) for name in trees[0]})
+
+
+def stack(messages: Sequence[Message]) -> Message:
+    """Messages of one device each -> one message of all."""
+    return Message(*(stack_trees([getattr(m, kind) for m in messages]) for kind in KINDS))
+
+
+def pack_tree(tree: Tree, d: int = 0) -> bytes:
+    return pack(Message(parameters=tree), d)
+
+
+def unpack_tree(blob: bytes) -> Tree:
+    return unpack(blob).parameters

@@ -1,0 +1,134 @@
+"""What a comparison measured, as plain values: written once as JSON, read by the report and by `decide`.
+
+Every figure here was measured on held-out test rows or read off the ledger, except those named
+`modelled_*` and `seconds`, which come from the device profile and the network model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes by compartment ("data", "features", "parameters", "scalars") and by leaf, one way."""
+
+    kinds: dict[str, float] = field(default_factory=dict)
+    leaves: dict[str, float] = field(default_factory=dict)  # "features.h" -> bytes
+
+    @property
+    def total(self) -> float:
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The cost of learning once, per device (means over devices) or for the cloud as a whole."""
+
+    up: Traffic
+    down: Traffic
+    seconds: float  # simulated: what one device spends computing and sending
+    clock: float  # simulated: from the first ask to the last reply, all devices in parallel
+    flops: float  # of one device
+    joules: tuple[float, float]  # modelled (low, high), of one device
+    cloud_flops: float  # of the whole learning, all devices together
+    rounds: int
+    lost: int  # replies that never came
+    refused: int  # replies that came and were not usable (NaN, wrong shape)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The cost of answering, per request (means over all test requests)."""
+
+    up: Traffic
+    down: Traffic
+    deploy_bytes: float  # parameters sent down once, before the first request, per device
+    requests: int
+    cloud_calls: float  # share of requests that reached the cloud, 0..1
+    cloud_flops: float  # per request
+    flops: float  # of the device, per request
+    latency_p50: float  # seconds, simulated
+    latency_p95: float
+    joules: tuple[float, float]  # modelled (low, high), of the device, per request
+    recorded_cost: float | None = None  # dollars per request, for tasks that bring recorded costs
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One collaboration, one seed."""
+
+    seed: int
+    users: list[str]  # device users, in order
+    scores: list[float]  # the metric per device user, on test rows
+    others: dict[str, list[float]]  # further metrics, per device user
+    learning: Learning
+    serving: Serving
+    curve: list[tuple[int, float, float]]  # (round, mean, p10) of the metric on validation rows
+    large_before: float | None  # the large model, mean over device users
+    large_after: float | None
+    computed: str  # "vmap", or "sequential: why"
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One collaboration: why it is missing, or what each seed gave."""
+
+    name: str  # "fedavg"
+    title: str  # "FedAvg"
+    family: str  # "baseline", "parameters", "features", "data", "request"
+    source: str  # the paper in a few words
+    says: str  # one plain sentence: who trains what, what crosses
+    missing: str | None = None  # the need that this task does not meet
+    settings: dict[str, Any] = field(default_factory=dict)  # the chosen ones
+    trials: list[dict[str, Any]] = field(default_factory=list)  # {"settings": {...}, "score": x}
+    seeds: list[SeedResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a comparison of one task found."""
+
+    task: str
+    about: str  # one or two sentences: the data, the models, the question
+    metric: str  # "accuracy"
+    higher_is_better: bool
+    unit: str  # "" or "%" (scores are then shares 0..1) or the target's unit
+    pool_users: int
+    device_users: int
+    rows_per_device: tuple[float, float, float]  # train: min, median, max
+    request: str  # what one request is: "one image", "one next character"
+    small_parameters: int
+    large_parameters: int
+    budget: str  # the budget of local steps, in words
+    trials: int
+    profile: dict[str, Any]  # the device profile used
+    version: str
+    machine: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)  # what a reader must know (made-up users, ...)
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    return asdict(comparison)
+
+
+def from_json(value: Mapping[str, Any]) -> Comparison:
+    """The inverse of `to_json`; unknown or missing fields raise TypeError or KeyError."""
+
+    def seed(v: Mapping[str, Any]) -> SeedResult:
+        learning = {**v["learning"], "joules": tuple(v["learning"]["joules"])}
+        serving = {**v["serving"], "joules": tuple(v["serving"]["joules"])}
+        for part in (learning, serving):
+            part["up"], part["down"] = Traffic(**part["up"]), Traffic(**part["down"])
+        own = {f.name: v[f.name] for f in fields(SeedResult)}
+        own |= {"learning": Learning(**learning), "serving": Serving(**serving)}
+        own["curve"] = [tuple(point) for point in v["curve"]]
+        return SeedResult(**own)
+
+    rows = [Row(**{**row, "seeds": [seed(s) for s in row["seeds"]]}) for row in value["rows"]]
+    spread = tuple(value["rows_per_device"])
+    return Comparison(**{**value, "rows": rows, "rows_per_device": spread})

@@ -1,0 +1,252 @@
+"""From a task's modules to the programs that collaborations call by name.
+
+small          columns x       -> h (features, where it can be split), out
+small.answer                   -> answer, confidence: what a request gets
+small.loss     x, y            -> loss, one a row
+small.distill  x, y, teacher   -> trains on labels and on a teacher's outputs
+front          x               -> h
+server(.distill, .answer)  h   -> out: the cloud's large back on the device's features
+joint          x               -> out: front with both backs, trained together on the pool
+large(.answer) x               -> out
+critic         h               -> out: own samples against others, a logit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kitestring.devices.fit.programs import Batch, Program
+from kitestring.errors import TaskError
+from kitestring.tasks.task import Recorded, Task
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+_TEMPERATURE = 2.0
+
+
+def _over_rows(each: Tensor, real: Tensor) -> Tensor:
+    """Mean over what is real within a row: [n, ...] -> [n]."""
+    if each.ndim == 1:
+        return each * real
+    each, real = each.flatten(1), real.flatten(1)
+    return (each * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
+    """Logits [n, ..., C] and classes [n, ...] (below 0: ignored) -> [n]."""
+    own = F.log_softmax(out, -1).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return _over_rows(-own, (y >= 0).to(out.dtype))
+
+
+def binary(out: Tensor, y: Tensor) -> Tensor:
+    """Logits [n] and 0 or 1 [n] -> [n]."""
+    return F.softplus(out) - out * y.to(out.dtype)
+
+
+def squared(out: Tensor, y: Tensor) -> Tensor:
+    each = (out - y) ** 2
+    return _over_rows(each, torch.ones_like(each))
+
+
+LOSSES: dict[str, RowLoss] = {
+    "cross_entropy": cross_entropy, "binary": binary, "squared": squared,
+}  # fmt: skip
+
+
+def _divergence(loss: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """How far the outputs are from a teacher's: (out, teacher, y) -> [n].
+
+    For classes T^2 KL(teacher || student) at temperature T (Hinton, Vinyals, Dean 2015, section 2.1)."""
+
+    def classes(out: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+        p = F.log_softmax(teacher / _TEMPERATURE, -1)
+        q = F.log_softmax(out / _TEMPERATURE, -1)
+        return _over_rows(_TEMPERATURE**2 * (p.exp() * (p - q)).sum(-1), (y >= 0).to(out.dtype))
+
+    def one_logit(out: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+        return F.softplus(out) - out * teacher.sigmoid()
+
+    def values(out: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+        return squared(out, teacher)
+
+    return {"cross_entropy": classes, "binary": one_logit}.get(str(loss), values)
+
+
+class _Small(nn.Module):
+    """A device model in two parts; without a front the whole is the back."""
+
+    def __init__(self, front: nn.Module | None, back: nn.Module) -> None:
+        super().__init__()
+        if front is not None:
+            self.front = front
+        self.back = back
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if not hasattr(self, "front"):
+            return {"out": self.back(batch["x"])}
+        h = self.front(batch["x"])
+        return {"h": h, "out": self.back(h)}
+
+
+class _Joint(nn.Module):
+    def __init__(self, front: nn.Module, back: nn.Module, server: nn.Module) -> None:
+        super().__init__()
+        self.front, self.back, self.server = front, back, server
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        h = self.front(batch["x"])
+        return {"out": self.server(h), "small": self.back(h)}
+
+
+class _Named(nn.Module):
+    """One module under a name of its own, from one column to one output."""
+
+    def __init__(self, name: str, module: nn.Module, column: str, output: str = "out") -> None:
+        super().__init__()
+        self.name, self.column, self.output = name, column, output
+        self.add_module(name, module)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {self.output: getattr(self, self.name)(batch[self.column])}
+
+
+def split(module: nn.Module) -> tuple[nn.Module | None, nn.Module]:
+    """Front and back of a small model: its children of those names, or a Sequential's last layer."""
+    children = dict(module.named_children())
+    if {"front", "back"} <= children.keys():
+        return children["front"], children["back"]
+    if isinstance(module, nn.Sequential) and len(module) > 1:
+        return module[:-1], module[-1]
+    return None, module
+
+
+def programs(task: Task, seed: int, sample: Tensor) -> dict[str, Program]:
+    """`sample`: a row or two of x, to learn the features' shape. Initial weights are drawn from `seed`."""
+    loss = LOSSES[task.loss] if isinstance(task.loss, str) else task.loss
+    far = _divergence(task.loss)
+    confident = task.loss if task.loss in ("cross_entropy", "binary") else None
+    torch.manual_seed(seed)
+    front, back = split(_made(task, "small"))
+    large = _made(task, "large")
+
+    def plain(outputs: Batch, batch: Batch) -> Tensor:
+        return loss(outputs["out"], batch["y"])
+
+    def taught(outputs: Batch, batch: Batch) -> Tensor:
+        return plain(outputs, batch) + far(outputs["out"], batch["teacher"], batch["y"])
+
+    def answered(outputs: Batch, batch: Batch) -> dict[str, Tensor]:
+        out = outputs["out"][:, -1] if task.asks == "last" else outputs["out"]
+        if confident is None:
+            return {"answer": out}
+        sure = out.softmax(-1).amax(-1) if confident == "cross_entropy" else out.abs().sigmoid()
+        return {"answer": out, "confidence": sure.flatten(1).mean(1) if sure.ndim > 1 else sure}
+
+    small, big = _Small(front, back), _Named("large", large, "x")
+    made = {
+        "small": Program("small", small, plain),
+        "small.answer": Program("small.answer", small, after=answered),
+        "small.loss": Program("small.loss", small, after=lambda o, b: {"loss": plain(o, b)}),
+        "small.distill": Program("small.distill", small, taught),
+        "large": Program("large", big, plain),
+        "large.answer": Program("large.answer", big, after=answered),
+    }
+    out = _output(task, "small", small, sample)
+    _output(task, "large", big, sample)
+    if front is None:
+        return made
+    with torch.no_grad():
+        h = front(sample)
+    width, answers = int(h.shape[-1]), int(out.shape[-1]) if out.ndim > 1 else 1
+    server = task.server() if task.server else _server(h, width, answers, out)
+    critic = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1), nn.Flatten(0))
+    ended = _Named("server", server, "h")
+
+    def both(outputs: Batch, batch: Batch) -> Tensor:
+        return plain(outputs, batch) + loss(outputs["small"], batch["y"])
+
+    return made | {
+        "front": Program("front", _Named("front", front, "x", "h")),
+        "server": Program("server", ended, plain),
+        "server.distill": Program("server.distill", ended, taught),
+        "server.answer": Program("server.answer", ended, after=answered),
+        "joint": Program("joint", _Joint(front, back, server), both),
+        "critic": Program(
+            "critic", _Named("critic", critic, "h"), lambda o, b: binary(o["out"], b["y"])
+        ),
+    }
+
+
+def _server(h: Tensor, width: int, answers: int, out: Tensor) -> nn.Module:
+    """The default large back: three layers, eight times as wide as the features (128 to 512)."""
+    wide = min(512, max(128, 8 * width))
+    layers: list[nn.Module] = []
+    if h.ndim > out.ndim and out.ndim <= 2:  # feature maps before one answer: flatten them
+        layers.append(nn.Flatten())
+        width = int(h[0].numel())
+    layers += [nn.Linear(width, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU()]
+    layers.append(nn.Linear(wide, answers))
+    if out.ndim == 1:
+        layers.append(nn.Flatten(0))
+    return nn.Sequential(*layers)
+
+
+def _made(task: Task, which: str) -> nn.Module:
+    module = getattr(task, which)()
+    if not isinstance(module, nn.Module):
+        kind = type(module).__name__
+        raise TaskError(f"{which}() gave {kind}, not an nn.Module", f"task {task.name}")
+    return module
+
+
+def _output(task: Task, which: str, module: nn.Module, sample: Tensor) -> Tensor:
+    """Try a model on a row or two, so that shapes that do not match are told here and in one line."""
+    try:
+        with torch.no_grad():
+            out = module.eval()({"x": sample})["out"]
+    except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+        raise TaskError(
+            f"the {which} model fails on x {tuple(sample.shape)} {sample.dtype}: "
+            f"{str(problem).strip().splitlines()[0][:160]}",
+            f"task {task.name}",
+            "Make its input fit the column x",
+        ) from None
+    if not isinstance(out, Tensor) or out.shape[:1] != sample.shape[:1]:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise TaskError(
+            f"the {which} model gives {shape} for {len(sample)} rows",
+            f"task {task.name}",
+            "Return one output for each row, [n, ...]",
+        )
+    return out
+
+
+class _Replay(nn.Module):
+    """Recorded answers by sample number; nothing trains."""
+
+    def __init__(self, cloud: Any) -> None:
+        super().__init__()
+        self.register_buffer("cloud", torch.as_tensor(cloud))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        cloud: Tensor = self.cloud  # type: ignore[assignment]
+        return {"answer": cloud[batch["x"]]}
+
+
+class _Recall(nn.Module):
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"answer": batch["device"], "confidence": batch["confidence"]}
+
+
+def recorded_programs(task: Recorded) -> dict[str, Program]:
+    small, large = _Recall(), _Replay(task.cloud)
+    return {
+        name: Program(name, module)
+        for name, module in (
+            ("small", small), ("small.answer", small), ("large", large), ("large.answer", large),
+        )
+    }  # fmt: skip
