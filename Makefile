@@ -31,7 +31,7 @@ help:
 	@echo "make clean     remove .venv, caches and built packages"
 
 demo: $(VENV)/compare
-	@$(BIN)/kitestring compare digits
+	@$(BIN)/kitestring compare digits --fresh
 
 # One thread per test process: two processes share two cores.
 test: $(VENV)/dev

@@ -224,11 +224,11 @@ def generate_help() -> str | None:
 
 def generate_collaborations() -> str | None:
     sys.path.insert(0, str(PACKAGE.parent))
-    if importlib.util.find_spec("kitestring.compare") is None:
+    if importlib.util.find_spec("kitestring.methods") is None:
         return None
-    from kitestring.compare import collaborations_table
+    from kitestring.methods import table
 
-    return f"\n{collaborations_table().strip()}\n\n"
+    return f"\n{table().strip()}\n\n"
 
 
 GENERATORS: dict[str, tuple[str, Callable[[], str | None]]] = {

@@ -12,7 +12,7 @@ import pytest
 def data() -> Path:
     """The folder of real datasets: tests that need it are skipped where there is none.
 
-    KITESTRING_DATA_REQUIRED=1 makes its absence a failure, so that no build skips them unnoticed."""
+    KITESTRING_DATA_REQUIRED=1 makes its absence a failure: no build then skips them unnoticed."""
     folder = os.environ.get("KITESTRING_DATA", "")
     if folder and Path(folder).is_dir():
         return Path(folder)

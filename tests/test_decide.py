@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitestring import prices
-from kitestring.decide import Limits, decide, parse_limits
+from kitestring.decide import decide
 from kitestring.errors import SettingError
+from kitestring.limits import Limits, parse_limits
 from kitestring.prices import Prices
 from kitestring.results import Comparison, Row
 from synthetic import comparison, seed_result, traffic

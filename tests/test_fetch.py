@@ -139,7 +139,7 @@ def test_no_server(server: str, tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
-def test_only_http() -> None:
+def test_only_http(server: str) -> None:
     with pytest.raises(DataError, match="no http address"):
         fetch(Source("Rows", "file:///etc/hostname", SHA256, "rows/never-there"))
 

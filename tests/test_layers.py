@@ -17,7 +17,8 @@ ROOT = SRC / "kitestring"
 TOP = "kitestring"
 LAYERS: dict[str, tuple[str, ...]] = {
     "kitestring.errors": (),
-    "kitestring.core": ("errors",),
+    "kitestring.arrays": (),
+    "kitestring.core": ("errors", "arrays"),
     "kitestring.dice": ("errors", "core"),
     "kitestring.exchange": ("errors", "core", "dice"),
     "kitestring.devices": ("errors", "core", "dice", "exchange"),

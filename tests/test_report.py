@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kitestring import prices, report, report_plots, show, units
-from kitestring.decide import decide, parse_limits
+from kitestring.decide import decide
 from kitestring.errors import RunError
+from kitestring.limits import parse_limits
 from kitestring.results import Comparison
 from synthetic import ROWS, comparison
 

@@ -100,6 +100,14 @@ def test_a_single_pair_never_leads() -> None:
     assert not summary.lead(a, b, of(a, b)).clear
 
 
+def test_seeds_that_do_not_meet_are_not_paired() -> None:
+    a, b = row("a", [0.9, 0.8]), row("b", [0.1, 0.2])
+    b = replace(b, seeds=[replace(b.seeds[0], seed=5)])
+    lead = summary.lead(a, b, of(a, b))
+    assert lead.mean == pytest.approx(0.7)
+    assert (lead.users, lead.clear) == (0, False)
+
+
 def test_users_are_paired_by_name() -> None:
     a, b = row("a", [0.9, 0.5]), row("b", [0.4, 0.8])
     turned = replace(b, seeds=[replace(b.seeds[0], users=["u1", "u0"])])

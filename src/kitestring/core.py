@@ -13,75 +13,14 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
-import numpy as np
+from kitestring.arrays import Array as Array
+from kitestring.arrays import Rows as Rows
+from kitestring.arrays import Tree as Tree
 
-Array: TypeAlias = Any
-"""A numpy array; engines turn it into whatever computes, without a copy where they can."""
 Kind: TypeAlias = Literal["data", "features", "parameters", "scalars"]
 KINDS: tuple[Kind, ...] = ("data", "features", "parameters", "scalars")
 S = TypeVar("S")
-
-
-class Tree(dict[str, Any]):
-    """Flat dotted names -> arrays. Arithmetic keeps each leaf's dtype; a [D] operand broadcasts."""
-
-    def _zip(self, other: Any, f: Callable[[Array, Array], Array]) -> Tree:
-        def leaf(name: str, a: Array) -> Array:
-            b = other[name] if isinstance(other, Mapping) else other
-            if getattr(b, "ndim", 0) == 1 and a.ndim > 1 and not isinstance(other, Mapping):
-                b = b.reshape((-1,) + (1,) * (a.ndim - 1))
-            return f(a, b).astype(a.dtype, copy=False)
-
-        return Tree({name: leaf(name, a) for name, a in self.items()})
-
-    def __add__(self, other: Any) -> Tree:
-        return self._zip(other, lambda a, b: a + b)
-
-    def __sub__(self, other: Any) -> Tree:
-        return self._zip(other, lambda a, b: a - b)
-
-    def __mul__(self, other: Any) -> Tree:
-        return self._zip(other, lambda a, b: a * b)
-
-    def pick(self, *prefixes: str) -> Tree:
-        return Tree({name: a for name, a in self.items() if name.startswith(prefixes)})
-
-    def inside(self, prefix: str) -> Tree:
-        return Tree({prefix + name: a for name, a in self.items()})
-
-    def strip(self, prefix: str) -> Tree:
-        return Tree({n.removeprefix(prefix): a for n, a in self.items() if n.startswith(prefix)})
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Ragged: `values` [D, L, ...], of which the first `n`[d] rows of device d are real.
-
-    Only real rows cross, are billed or count; the padding may hold anything."""
-
-    values: Array
-    n: Array
-
-    def mask(self) -> Array:
-        return np.arange(self.values.shape[1])[None] < self.n[:, None]
-
-    def take(self, index: Array, n: Array) -> Rows:
-        """Rows `index` [D, M] of each device, of which the first `n` are real."""
-        wide = index.reshape(index.shape + (1,) * (self.values.ndim - 2))
-        return Rows(np.take_along_axis(self.values, wide, axis=1), n)
-
-    def keep(self, chosen: Array) -> Rows:
-        """The real rows where `chosen` [D, L], moved to the front in their order."""
-        chosen = chosen & self.mask()
-        n = chosen.sum(axis=1)
-        order = np.argsort(~chosen, axis=1, stable=True)
-        return self.take(order[:, : max(1, int(n.max(initial=0)))], n)
-
-    def concat(self, other: Rows) -> Rows:
-        """This one's real rows, then the other's."""
-        both = np.concatenate([self.values, other.values], axis=1)
-        real = np.concatenate([self.mask(), other.mask()], axis=1)
-        return Rows(both, np.full(len(both), both.shape[1])).keep(real)
+S_contra = TypeVar("S_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -151,7 +90,7 @@ class Fit:
 
 
 class Compute(Protocol):
-    """The three primitives: the same on devices and in the cloud, where D is whatever is stacked."""
+    """The three primitives, on devices and in the cloud; D is whatever is stacked."""
 
     def initial(self, program: str) -> Tree:
         """The weights that the program is delivered with, for each of D devices."""
@@ -217,24 +156,25 @@ class Decision:
     up: Message
 
 
-class Service(Protocol[S]):
-    """A request: the device decides, the cloud answers, the device merges, until nothing is sent."""
+class Service(Protocol[S_contra]):
+    """A request: device decides, cloud answers, device merges, until nothing is sent."""
 
     crosses: Crossing  # verbs: deploy (down), request (up and down)
 
-    def deploy(self, state: S) -> Tree: ...
+    def deploy(self, state: S_contra) -> Tree: ...
     def decide(self, devices: Devices, deployed: Tree) -> Decision: ...
-    def answer(self, state: S, up: Message, cloud: Cloud) -> Message: ...
+    def answer(self, state: S_contra, up: Message, cloud: Cloud) -> Message: ...
     def merge(
         self, devices: Devices, deployed: Tree, decision: Decision, down: Message
     ) -> Decision: ...
 
 
 class Collaboration(Protocol[S]):
-    """A frozen dataclass of plain settings. All state is S, or private on devices, or `cloud.table`."""
+    """A frozen dataclass of plain settings. All state is S, or private on devices, or
+    `cloud.table`."""
 
     crosses: Crossing
-    State: type[S]  # a flat dataclass of trees and plain values
+    state_type: type[S]  # a flat dataclass of trees and plain values
 
     def install(self, devices: Devices) -> Tree:
         """A device's private state on day one."""
@@ -267,7 +207,7 @@ class Visit(Protocol):
 class Engine(Protocol):
     """Where replies are computed and messages are carried, checked and billed."""
 
-    cloud: Cloud
+    cloud: Any  # a `Cloud`
 
     def open(self, collaboration: Collaboration[S], seed: int) -> S | None:
         """Make ready; the state to go on from, where a run was interrupted."""

@@ -1,7 +1,7 @@
 """One job of a comparison: a collaboration with its settings and a seed, learned and evaluated.
 
-A job lives in one SQLite file and can be killed at any moment: what it had committed is found again, and
-the rest is computed anew to the same figures.
+A job lives in one SQLite file and can be killed at any moment: what it had committed is found
+again, and the rest is computed anew to the same figures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kitestring.collaborate.baselines.pool_trained import State
 from kitestring.core import Rows, Tree, run, serve
 from kitestring.devices.fit.compute import How, TorchCompute
 from kitestring.devices.fit.programs import size_in_bytes
@@ -78,10 +79,8 @@ class Bench:
     def _programs(self, seed: int) -> Any:
         if isinstance(self.task, Recorded):
             return recorded_programs(self.task)
-        import torch
-
         first = self.task.users.load(self.task.users.devices[0])["train"]["x"]
-        return programs(self.task, seed, torch.from_numpy(np.asarray(first[:2])))
+        return programs(self.task, seed, np.asarray(first[:2]))
 
     def chunk(self) -> int:
         """Devices at a time: enough to spread the cost of a step, few enough to fit the caches."""
@@ -116,7 +115,8 @@ class Score:
 
 
 def evaluate(bench: Bench, engine: LocalEngine, service: Any, state: Any, split: str) -> Score:
-    """Evaluation is serving: every device user's held-out requests, labels hidden from the device."""
+    """Evaluation is serving: every device user's held-out requests, labels hidden from the
+    device."""
     task = bench.task
     metrics = (task.metric, *task.others)
     found: dict[str, list[float]] = {m.name: [] for m in metrics}
@@ -210,8 +210,6 @@ def _engine(bench: Bench, job: Job, store: Store) -> LocalEngine:
     def pretrained(program: str) -> Tree:
         if program not in starts:
             return compute.initial(program)
-        from kitestring.collaborate.baselines.pool_trained import State
-
         found = Store(starts[program])
         try:
             state = load_state(found, State)

@@ -38,7 +38,7 @@ METHODS: Mapping[str, Method] = {
     for m in (
         Method("cloud_only", pool_trained.CLOUD_ONLY, lambda b: pool_trained.trials("large", b)),
         Method("device_only", DeviceOnly.about, DeviceOnly.trials),
-        Method("pooled", Pooled.about, Pooled.trials),
+        Method("pooled", Pooled.about, Pooled.trials, ("large",)),
         Method("shipped", pool_trained.SHIPPED, lambda b: pool_trained.trials("small", b)),
         Method("fedavg", FedAvg.about, FedAvg.trials, ("small",)),
         Method("splitnn", SplitNN.about, SplitNN.trials, ("joint",)),
@@ -75,12 +75,9 @@ def table() -> str:
     for method in shown():
         collaboration = method.trials(budget)[0]
         sent = [
-            _words(leaf_names(crosses, way))
-            for crosses, way in (
-                (collaboration.crosses, "up"),
-                (collaboration.crosses, "down"),
-                (collaboration.serve().crosses, "up"),
-            )
+            _words(leaf_names(collaboration.crosses, "up")),
+            _words(leaf_names(collaboration.crosses, "down")),
+            _words(leaf_names(collaboration.serve().crosses, "up")),
         ]
         about = method.about
         lines.append(f"| {about.title} | {about.family} | {about.paper} | {' | '.join(sent)} |")

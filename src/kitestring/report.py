@@ -7,12 +7,11 @@ modelled ones are slanted and carry a tilde.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from kitestring.core import KINDS
 from kitestring.decide import Verdict
 from kitestring.errors import RunError
 from kitestring.prices import FIGURES, MONTH, Prices, mean_daily, mean_traffic
+from kitestring.report_html import bullets, cell, facts, plain, settings
 from kitestring.report_plots import bytes_plot, rounds_plot, users_plot
 from kitestring.results import Comparison, Row, Traffic
 from kitestring.summary import cloud_calls, cloud_flops, latency, measured, quality
@@ -74,8 +74,8 @@ def _verdict(comparison: Comparison, verdict: Verdict) -> str:
     said.append(f'<p class="muted">Limits: {limits}</p>')
     for heading, sentences in (("Why", verdict.reasons), ("What would change it", verdict.changes)):
         if sentences:
-            said.append(f"<h3>{heading}</h3>{_bullets(sentences)}")
-    notes = _bullets(comparison.notes)
+            said.append(f"<h3>{heading}</h3>{bullets(sentences)}")
+    notes = bullets(comparison.notes)
     return f'<section class="verdict">{"".join(said)}</section>\n{notes}'
 
 
@@ -124,44 +124,44 @@ def _figure(title: str, svg: str, caption: str) -> str:
 def _tables(comparison: Comparison, verdict: Verdict, prices: Prices) -> str:
     rows, unit = measured(comparison), comparison.unit
     scores = {row.name: quality(row, comparison) for row in rows}
-    plain = "%" if unit == "%" else ""
+    shared = "%" if unit == "%" else ""
     others = sorted({name for row in rows for seed in row.seeds for name in seed.others})
     served = [
         [
-            _cell(show.spread(scores[row.name], plain)),
-            _cell(units.score(scores[row.name].p10, plain)),
-            _cell(units.score(scores[row.name].worst10, plain)),
-            _cell(units.share(scores[row.name].better_off)),
-            *(_cell(_other(row, name)) for name in others),
-            _cell(units.duration(latency(row)[0]), "modelled"),
-            _cell(units.duration(latency(row)[1]), "modelled"),
+            cell(show.spread(scores[row.name], shared)),
+            cell(units.score(scores[row.name].p10, shared)),
+            cell(units.score(scores[row.name].worst10, shared)),
+            cell(units.share(scores[row.name].better_off)),
+            *(cell(_other(row, name)) for name in others),
+            cell(units.duration(latency(row)[0]), "modelled"),
+            cell(units.duration(latency(row)[1]), "modelled"),
         ]
         for row in rows
     ]
     days = {row.name: mean_daily(row, prices, comparison.device_users) for row in rows}
     costs = [
         [
-            _cell(units.size(days[row.name].up.total)),
-            _cell(units.size(days[row.name].down.total)),
-            _cell(units.energies(days[row.name].joules), "modelled"),
-            _cell(units.number(1000 * cloud_calls(row))),
-            _cell(units.operations(1000 * cloud_flops(row))),
-            _cell(units.money(days[row.name].compute * MONTH * 1000), "modelled"),
-            _cell(units.money(days[row.name].traffic * MONTH * 1000), "modelled"),
-            _cell(units.money(days[row.name].requests * MONTH * 1000), "modelled"),
-            _cell(units.money(days[row.name].fleet_month), "modelled"),
+            cell(units.size(days[row.name].up.total)),
+            cell(units.size(days[row.name].down.total)),
+            cell(units.energies(days[row.name].joules), "modelled"),
+            cell(units.number(1000 * cloud_calls(row))),
+            cell(units.operations(1000 * cloud_flops(row))),
+            cell(units.money(days[row.name].compute * MONTH * 1000), "modelled"),
+            cell(units.money(days[row.name].traffic * MONTH * 1000), "modelled"),
+            cell(units.money(days[row.name].requests * MONTH * 1000), "modelled"),
+            cell(units.money(days[row.name].fleet_month), "modelled"),
         ]
         for row in rows
     ]
     learnt = [
         [
-            _cell(str(_mean([seed.learning.rounds for seed in row.seeds]))),
-            _cell(units.duration(_average([s.learning.seconds for s in row.seeds])), "modelled"),
-            _cell(units.duration(_average([s.learning.clock for s in row.seeds])), "modelled"),
-            _cell(units.operations(_average([s.learning.flops for s in row.seeds]))),
-            _cell(units.operations(_average([s.learning.cloud_flops for s in row.seeds]))),
-            _cell(str(sum(seed.learning.lost for seed in row.seeds))),
-            _cell(str(sum(seed.learning.refused for seed in row.seeds))),
+            cell(str(_mean([seed.learning.rounds for seed in row.seeds]))),
+            cell(units.duration(_average([s.learning.seconds for s in row.seeds])), "modelled"),
+            cell(units.duration(_average([s.learning.clock for s in row.seeds])), "modelled"),
+            cell(units.operations(_average([s.learning.flops for s in row.seeds]))),
+            cell(units.operations(_average([s.learning.cloud_flops for s in row.seeds]))),
+            cell(str(sum(seed.learning.lost for seed in row.seeds))),
+            cell(str(sum(seed.learning.refused for seed in row.seeds))),
         ]
         for row in rows
     ]
@@ -210,7 +210,7 @@ def _tables(comparison: Comparison, verdict: Verdict, prices: Prices) -> str:
         + _table(rows, cost_heads, costs, verdict)
         + "<h3>Learning, once</h3>\n"
         + _table(rows, learn_heads, learnt, verdict)
-        + (_bullets(lines) if lines else "")
+        + (bullets(lines) if lines else "")
     )
 
 
@@ -284,7 +284,7 @@ def _large(comparison: Comparison) -> str:
                 for values in (before, after)
             ]
             rows.append(
-                f"<tr><th scope='row'>{escape(row.title)}</th>{''.join(map(_cell, ends))}</tr>"
+                f"<tr><th scope='row'>{escape(row.title)}</th>{''.join(map(cell, ends))}</tr>"
             )
     if not rows:
         return ""
@@ -300,7 +300,7 @@ def _large(comparison: Comparison) -> str:
 def _settings(comparison: Comparison) -> str:
     body, trials = [], []
     for row in comparison.rows:
-        state = f"did not run: {row.missing}" if row.missing else _set(row.settings)
+        state = f"did not run: {row.missing}" if row.missing else settings(row.settings)
         how = sorted({seed.computed for seed in row.seeds})
         seconds = _average([seed.wall_s for seed in row.seeds]) if row.seeds else float("nan")
         body.append(
@@ -308,18 +308,18 @@ def _settings(comparison: Comparison) -> str:
             f'<td class="words">{escape(row.says)}</td><td class="words">{escape(state)}</td>'
             f'<td class="words">{escape(row.source)}</td>'
             f'<td class="words">{escape("; ".join(how))}</td>'
-            f"{_cell(units.UNKNOWN if row.missing else units.duration(seconds))}</tr>"
+            f"{cell(units.UNKNOWN if row.missing else units.duration(seconds))}</tr>"
         )
         if row.trials:
             lines = [
-                f"{_set(trial.get('settings', {}))}: "
+                f"{settings(trial.get('settings', {}))}: "
                 f"{units.score(float(trial.get('score', float('nan'))), comparison.unit)}"
                 for trial in row.trials
             ]
             trials.append(
                 f"<details><summary>{escape(row.title)}: settings tried "
                 f"({len(lines)})</summary>"
-                f"{_bullets(lines)}</details>"
+                f"{bullets(lines)}</details>"
             )
     return (
         "<h2>Settings and trials</h2>\n"
@@ -343,17 +343,17 @@ def _basis(comparison: Comparison, prices: Prices) -> str:
         "Large model": f"{comparison.large_parameters:,} parameters",
     }
     priced = "".join(
-        f"<tr><th scope='row'>{escape(means)}</th>{_cell(_figure_of(getattr(prices, name)))}"
+        f"<tr><th scope='row'>{escape(means)}</th>{cell(_figure_of(getattr(prices, name)))}"
         f'<td class="words">{escape(prices.sources.get(name, ""))}</td></tr>'
         for section in FIGURES.values()
         for name, means in section.items()
     )
-    profile = {name: _plain(value) for name, value in comparison.profile.items()}
+    profile = {name: plain(value) for name, value in comparison.profile.items()}
     return (
-        f"<h2>What it rests on</h2>\n<h3>Task</h3>\n{_facts(data)}"
+        f"<h2>What it rests on</h2>\n<h3>Task</h3>\n{facts(data)}"
         f"<h3>Device profile {MODELLED}</h3>\n<p class='muted'>Latency, time and energy follow "
         f"from these figures; no device was measured here unless a figure says so.</p>"
-        f"{_facts(profile)}"
+        f"{facts(profile)}"
         '<h3>Prices and use</h3>\n<div class="wide"><table><thead><tr><th></th><th>value</th>'
         f'<th class="words">where it comes from</th></tr></thead><tbody>{priced}</tbody></table>'
         "</div>"
@@ -362,13 +362,13 @@ def _basis(comparison: Comparison, prices: Prices) -> str:
 
 def _reproduce(comparison: Comparison, command: str) -> str:
     seeds = sorted({seed.seed for row in measured(comparison) for seed in row.seeds})
-    facts = {
+    about = {
         "Kitestring": comparison.version,
         "Machine": comparison.machine,
         "Seeds": ", ".join(map(str, seeds)) or "none",
     }
     typed = f"<p><code>{escape(command)}</code></p>\n" if command else ""
-    return f"<h2>To reproduce</h2>\n{typed}{_facts(facts)}"
+    return f"<h2>To reproduce</h2>\n{typed}{facts(about)}"
 
 
 def _table(
@@ -390,36 +390,6 @@ def _table(
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>\n"
     )
-
-
-def _cell(text: str, kind: str = "") -> str:
-    style = f' class="{kind}"' if kind and text != units.UNKNOWN else ""
-    return f"<td{style}>{escape(text)}</td>"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    if not lines:
-        return ""
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    pairs = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-    return f'<dl class="facts">{pairs}</dl>\n'
-
-
-def _set(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()) or "none"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Mapping):
-        return _set(value)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return str(value)
 
 
 def _figure_of(value: float) -> str:

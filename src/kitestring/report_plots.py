@@ -246,10 +246,12 @@ def _rounds(
         style = look[name]
         axes.plot(rounds, means, color=style.colour, linewidth=1.8, linestyle=style.line)
         axes.plot(rounds, tails, color=style.colour, linewidth=0.8, linestyle=style.line)
-        axes.plot(rounds[-1:], means[-1:], style.marker, color=style.colour, markersize=4.5)
+        axes.plot(
+            rounds[-1:], means[-1:], style.marker, color=style.colour, markersize=4.5, clip_on=False
+        )
         ends.append((name, rounds[-1], means[-1]))
     axes.grid(True)
-    axes.set_xlabel("round of learning")
+    axes.set_xlabel("share of its exchanges done (%)")
     axes.set_ylabel(_axis(comparison))
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
     _label_ends(axes, [(look[n].title, x, y) for n, x, y in ends])

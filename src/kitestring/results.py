@@ -1,4 +1,5 @@
-"""What a comparison measured, as plain values: written once as JSON, read by the report and by `decide`.
+"""What a comparison measured, as plain values: written once as JSON, read by the report and by
+`decide`.
 
 Every figure here was measured on held-out test rows or read off the ledger, except those named
 `modelled_*` and `seconds`, which come from the device profile and the network model.
@@ -66,7 +67,7 @@ class SeedResult:
     others: dict[str, list[float]]  # further metrics, per device user
     learning: Learning
     serving: Serving
-    curve: list[tuple[int, float, float]]  # (round, mean, p10) of the metric on validation rows
+    curve: list[tuple[int, float, float]]  # (% of the rounds done, mean, p10), on validation rows
     large_before: float | None  # the large model, mean over device users
     large_after: float | None
     computed: str  # "vmap", or "sequential: why"
@@ -116,16 +117,26 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     return asdict(comparison)
 
 
+def _with_traffic(value: Mapping[str, Any]) -> dict[str, Any]:
+    ways = {"up": Traffic(**value["up"]), "down": Traffic(**value["down"])}
+    return {**value, **ways, "joules": tuple(value["joules"])}
+
+
+def learning_from(value: Mapping[str, Any]) -> Learning:
+    return Learning(**_with_traffic(value))
+
+
+def serving_from(value: Mapping[str, Any]) -> Serving:
+    return Serving(**_with_traffic(value))
+
+
 def from_json(value: Mapping[str, Any]) -> Comparison:
     """The inverse of `to_json`; unknown or missing fields raise TypeError or KeyError."""
 
     def seed(v: Mapping[str, Any]) -> SeedResult:
-        learning = {**v["learning"], "joules": tuple(v["learning"]["joules"])}
-        serving = {**v["serving"], "joules": tuple(v["serving"]["joules"])}
-        for part in (learning, serving):
-            part["up"], part["down"] = Traffic(**part["up"]), Traffic(**part["down"])
         own = {f.name: v[f.name] for f in fields(SeedResult)}
-        own |= {"learning": Learning(**learning), "serving": Serving(**serving)}
+        own["learning"] = learning_from(v["learning"])
+        own["serving"] = serving_from(v["serving"])
         own["curve"] = [tuple(point) for point in v["curve"]]
         return SeedResult(**own)
 

@@ -117,10 +117,13 @@ def lead(ahead: Row, behind: Row, comparison: Comparison) -> Lead:
 
     Scores are paired by user and seed. The error over users takes each user's mean over the
     seeds; the error over seeds takes each seed's mean over the users, and sees what moves all
-    users at once. With a single pair nothing tells a lead from chance: the error is infinite."""
+    users at once. With a single pair nothing tells a lead from chance: the error is infinite,
+    as it is without any pair, where the lead is the difference of the two means."""
     pairs = _pairs(ahead, behind, comparison.higher_is_better)
     if not pairs:
-        return Lead(math.nan, math.inf, 0)
+        sign = 1.0 if comparison.higher_is_better else -1.0
+        gap = quality(ahead, comparison).mean - quality(behind, comparison).mean
+        return Lead(sign * gap, math.inf, 0)
     users: dict[str, list[float]] = {}
     seeds: dict[int, list[float]] = {}
     for (user, seed), difference in pairs.items():

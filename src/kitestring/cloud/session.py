@@ -1,7 +1,7 @@
 """What the cloud half of a collaboration is handed, and nothing else: `core.Cloud`.
 
-In the cloud weights have no device axis: one model, whoever's rows. Ragged rows of several devices go in
-as they came and are computed side by side, as if they were one device's.
+In the cloud weights have no device axis: one model, whoever's rows. Ragged rows of several
+devices go in as they came and are computed side by side, as if they were one device's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _flat(rows: Mapping[str, Rows]) -> dict[str, Rows]:
 
 
 class CloudSession:
-    """`compute` has the primitives; `table` keeps a tree per device; `pool` are the cloud's rows."""
+    """`compute` has the primitives, `table` a tree per device, `pool` the cloud's own rows."""
 
     def __init__(
         self,
@@ -91,7 +91,8 @@ class CloudSession:
         cotangent: Mapping[str, Rows] | None = None,
         row_weights: Array | None = None,
     ) -> tuple[Array, Tree, Tree]:
-        """The loss and the weights' gradients summed over all rows; d columns as those devices' rows."""
+        """The loss and the weights' gradients summed over all rows; d columns as those devices'
+        rows."""
         self._spend(program, rows, 3)
         first = next(iter(rows.values()))
         real = first.mask()

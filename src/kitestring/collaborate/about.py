@@ -21,7 +21,9 @@ class About:
     paper: str
     says: str  # one plain sentence
     needs: tuple[Need, ...]
-    large: Literal["", "large", "joint"] = ""  # the pool-trained large model that gains, if one does
+    large: Literal["", "large", "joint"] = (
+        ""  # the pool-trained large model that gains, if one does
+    )
 
 
 @dataclass(frozen=True)

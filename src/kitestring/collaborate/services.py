@@ -23,7 +23,7 @@ class OnDevice:
     crosses: ClassVar[Crossing] = {"deploy": Lane(down={"parameters": ("*",)}), "request": Lane()}
 
     def deploy(self, state: Any) -> Tree:
-        return Tree() if self.private else state.weights  # type: ignore[no-any-return]
+        return Tree() if self.private else state.weights
 
     def decide(self, devices: Devices, deployed: Tree) -> Decision:
         weights = devices.private if self.private else deployed
@@ -76,7 +76,7 @@ class Split:
     }
 
     def deploy(self, state: Any) -> Tree:
-        return Tree() if self.private else state.weights.pick("front.")  # type: ignore[no-any-return]
+        return Tree() if self.private else state.weights.pick("front.")
 
     def decide(self, devices: Devices, deployed: Tree) -> Decision:
         front = devices.private.pick("front.") if self.private else deployed

@@ -1,11 +1,12 @@
 """What a device is: how fast it computes and talks, how much it holds, what that costs in energy.
 
-Energy is modelled, as a range: arithmetic at 2.3 pJ per operation (half a 32-bit float multiply and
-add: 3.7 + 0.9 pJ, 45 nm) up to a whole instruction of 70 pJ for each; M. Horowitz, "Computing's energy
-problem", ISSCC 2014. Radio power per throughput: Huang et al., "A close examination of performance and
-power characteristics of 4G LTE networks", MobiSys 2012, table 4 (LTE and WiFi, milliwatts per Mbit/s,
-which is nanojoules per bit); the radio's idle and tail power is left out.
-Speeds and links are assumptions of a size class, not measurements: replace them with your own.
+Energy is modelled, as a range: arithmetic at 2.3 pJ per operation (half a 32-bit float multiply
+and add: 3.7 + 0.9 pJ, 45 nm) up to a whole instruction of 70 pJ for each; M. Horowitz,
+"Computing's energy problem", ISSCC 2014. Radio power per throughput: Huang et al., "A close
+examination of performance and power characteristics of 4G LTE networks", MobiSys 2012, table 4
+(LTE and WiFi, milliwatts per Mbit/s, which is nanojoules per bit); the radio's idle and tail
+power is left out. Speeds and links are assumptions of a size class, not measurements: replace
+them with your own.
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ def profile(name: str) -> Profile:
     return PROFILES[name]
 
 
-def joules(
-    p: Profile, flops: float, bytes_up: float, bytes_down: float
-) -> tuple[float, float]:
+def joules(p: Profile, flops: float, bytes_up: float, bytes_down: float) -> tuple[float, float]:
     """Modelled energy (low, high) of computing and sending."""
     radio = bytes_up * p.joules_up + bytes_down * p.joules_down
     low, high = (flops * per + radio for per in ARITHMETIC_JOULES)

@@ -12,7 +12,8 @@ from kitestring.core import Array, Fit, Rows, Tree
 
 
 class Primitives(Protocol):
-    """What computes: weights and rows are stacked, `initial` and `flops` are of one model, one row."""
+    """What computes: weights and rows are stacked, `initial` and `flops` are of one model, one
+    row."""
 
     def initial(self, program: str) -> Tree: ...
     def flops(self, program: str, columns: Mapping[str, Rows]) -> float: ...

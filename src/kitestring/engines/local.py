@@ -37,9 +37,7 @@ class Hands(Protocol):
     """The device half: where replies and decisions are computed. Operations [D] come with them."""
 
     def open(self, collaboration: Any, seed: int) -> None: ...
-    def reply(
-        self, verb: str, ids: Array, serial: int, down: Message
-    ) -> tuple[Message, Array]: ...
+    def reply(self, verb: str, ids: Array, serial: int, down: Message) -> tuple[Message, Array]: ...
     def settle(self, ids: Array, serial: int, good: Array) -> None:
         """The cloud has these devices' replies (good), or not: keep or drop what they changed."""
 
@@ -121,7 +119,9 @@ def _finite(message: Message, count: int) -> Array:
     for _, _, leaf in message.leaves():
         values = leaf.values if isinstance(leaf, Rows) else leaf
         if values.dtype.kind == "f":
-            fine = np.isfinite(values).reshape(*values.shape[: 1 + isinstance(leaf, Rows)], -1).all(-1)
+            fine = (
+                np.isfinite(values).reshape(*values.shape[: 1 + isinstance(leaf, Rows)], -1).all(-1)
+            )
             good &= (fine | ~leaf.mask()).all(1) if isinstance(leaf, Rows) else fine
     return good
 
@@ -172,7 +172,7 @@ class LocalEngine:
             self._pretrained,
         )  # fmt: skip
         self.hands.open(collaboration, seed)
-        state = load_state(self.store, collaboration.State)
+        state = load_state(self.store, collaboration.state_type)
         if state is not None:
             self.cloud.serial = int((self.store.load("serial") or b"0").decode())
             self.ledger = Ledger.load(self.store.load("ledger") or b"[]")
@@ -208,7 +208,9 @@ class LocalEngine:
 
     def _cloud_time(self) -> None:
         spent, self.cloud.flops = self.cloud.flops, 0.0
-        self.ledger.add(self.purpose, cloud_flops=spent, clock=spent / self.setting.profile.cloud_flops)
+        self.ledger.add(
+            self.purpose, cloud_flops=spent, clock=spent / self.setting.profile.cloud_flops
+        )
 
     def exchange(self, asks: Sequence[Ask]) -> Iterator[Chunk]:
         self.cloud.serial += 1
@@ -245,11 +247,11 @@ class LocalEngine:
         check(self.name, crosses, ask.verb, "up", up, len(ids))
         sent = self.ledger.bill(self.purpose, "up", up)
         good = _finite(up, len(ids))
-        there = dice.uniform(dice.keys(self.seed, ids, serial, "lost"), 1)[:, 0] >= self.setting.lost
-        self.hands.settle(ids, serial, good & there)
-        self.ledger.add(
-            self.purpose, lost=int((~there).sum()), refused=int((there & ~good).sum())
+        there = (
+            dice.uniform(dice.keys(self.seed, ids, serial, "lost"), 1)[:, 0] >= self.setting.lost
         )
+        self.hands.settle(ids, serial, good & there)
+        self.ledger.add(self.purpose, lost=int((~there).sum()), refused=int((there & ~good).sum()))
         return up, good & there, self._spend(flops, sent, received)
 
     def _spend(self, flops: Array, sent: Any, received: Any) -> float:
@@ -304,7 +306,7 @@ class LocalVisit:
         check(e.name, self.service.crosses, "request", "up", up, int(who.sum()))
         sent = e.ledger.bill(e.purpose, "up", up)
         before = e.cloud.flops
-        down = self.service.answer(self.state, up, e.cloud)
+        down: Message = self.service.answer(self.state, up, e.cloud)
         spent = e.cloud.flops - before
         e.cloud.flops = before
         check(e.name, self.service.crosses, "request", "down", down, int(who.sum()))
@@ -352,7 +354,9 @@ def _spread(message: Message, who: Array) -> Message:
 def _addressed(ask: Ask, ids: Array) -> Message:
     every = [broadcast(getattr(ask.all, kind), len(ids)) for kind in KINDS]
     own = ask.each(ids) if ask.each else Message()
-    return Message(*(Tree({**a, **getattr(own, kind)}) for a, kind in zip(every, KINDS, strict=True)))
+    return Message(
+        *(Tree({**a, **getattr(own, kind)}) for a, kind in zip(every, KINDS, strict=True))
+    )
 
 
 def _add(total: Message | None, message: Message) -> Message:
@@ -362,7 +366,9 @@ def _add(total: Message | None, message: Message) -> Message:
             raise TaskError(f"{kind}.{name} is ragged: rows cannot be summed over devices")
     parts = []
     for kind in KINDS:
-        summed = {k: v.sum(0, dtype=np.float64, keepdims=True) for k, v in getattr(message, kind).items()}
+        summed = {
+            k: v.sum(0, dtype=np.float64, keepdims=True) for k, v in getattr(message, kind).items()
+        }
         if total is not None:
             summed = {k: v + getattr(total, kind)[k] for k, v in summed.items()}
         parts.append(Tree(summed))

@@ -6,7 +6,7 @@ Bytes are those of packed messages; seconds and joules are modelled from the dev
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.bytes: Counter[tuple[str, str, str, str]] = Counter()
-        self.amounts: Counter[tuple[str, str]] = Counter()
+        self.amounts: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def bill(self, purpose: str, way: Way, message: Message) -> Any:
         """Enter a message and return its bytes [D], header and all; 0 for the empty one."""
@@ -58,7 +58,10 @@ class Ledger:
     def load(cls, blob: bytes) -> Ledger:
         ledger = cls()
         for key, value in json.loads(blob):
-            (ledger.bytes if len(key) == 4 else ledger.amounts)[tuple(key)] = value
+            if len(key) == 4:
+                ledger.bytes[tuple(key)] = value
+            else:
+                ledger.amounts[tuple(key)] = value
         return ledger
 
 
@@ -76,10 +79,14 @@ def check(name: str, crosses: Crossing, verb: str, way: Way, message: Message, c
         array = leaf.values if isinstance(leaf, Rows) else leaf
         if getattr(array, "dtype", None) is None or array.dtype.name not in wire.DTYPES:
             found = getattr(array, "dtype", type(leaf).__name__)
-            raise BadReply(f"{kind}.{leaf_name} is {found}", where, f"Send {', '.join(wire.DTYPES)}")
+            raise BadReply(
+                f"{kind}.{leaf_name} is {found}", where, f"Send {', '.join(wire.DTYPES)}"
+            )
         if array.ndim < 1 or len(array) != count:
             shape = tuple(array.shape)
-            raise BadReply(f"{kind}.{leaf_name} {shape} is not one slice for {count} devices", where)
+            raise BadReply(
+                f"{kind}.{leaf_name} {shape} is not one slice for {count} devices", where
+            )
         if kind == "scalars" and array.ndim != 1:
             raise BadReply(f"scalars.{leaf_name} has shape {tuple(array.shape)}", where, "Send [D]")
 

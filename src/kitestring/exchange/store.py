@@ -62,7 +62,9 @@ class Store:
         self._do("INSERT OR REPLACE INTO trees VALUES (?, ?, ?)", rows)
 
     def ids(self, shelf: str) -> list[int]:
-        rows = self._db.execute("SELECT device FROM trees WHERE shelf = ? ORDER BY device", (shelf,))
+        rows = self._db.execute(
+            "SELECT device FROM trees WHERE shelf = ? ORDER BY device", (shelf,)
+        )
         return [row[0] for row in rows]
 
     def save(self, name: str, value: bytes) -> None:

@@ -50,7 +50,10 @@ def sizes(message: Message) -> dict[tuple[Kind, str], Any]:
             row = leaf.values.dtype.itemsize * int(np.prod(leaf.values.shape[2:]))
             dimensions, body = leaf.values.ndim - 1, np.asarray(leaf.n) * row
         else:
-            dimensions, body = leaf.ndim - 1, np.full(len(leaf), leaf[:1].nbytes if len(leaf) else 0)
+            dimensions, body = (
+                leaf.ndim - 1,
+                np.full(len(leaf), leaf[:1].nbytes if len(leaf) else 0),
+            )
         out[kind, name] = body + 4 + len(name.encode()) + 4 * dimensions
     return out
 

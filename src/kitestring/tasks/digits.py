@@ -1,8 +1,9 @@
 """Handwritten digits of made-up writers: quick, and without a download.
 
 The images are scikit-learn's bundled `load_digits`: 1,797 digits of 8 x 8 pixels from the UCI
-"Optical Recognition of Handwritten Digits" data (Alpaydin and Kaynak 1998, CC BY 4.0). They carry no
-writers, so the users are made up: each has a style (slant, size, stroke, noise) and favourite digits.
+"Optical Recognition of Handwritten Digits" data (Alpaydin and Kaynak 1998, CC BY 4.0). They carry
+no writers, so the users are made up: each has a style (slant, size, stroke, noise) and favourite
+digits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kitestring.errors import DataError
 from kitestring.tasks.metrics import accuracy
 from kitestring.tasks.task import Array, Plan, Task
 from kitestring.tasks.users import SPLITS, Columns, Split, Users, deal
@@ -30,6 +32,8 @@ SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}  # of the originals, and
 def task(users: int | None = None) -> Task:
     """120 made-up writers (or `users`); x uint8 [n, 1, 16, 16], y int64 [n]."""
     count = USERS if users is None else users
+    if count < 2:
+        raise DataError(f"{count} users", "digits", "Give 2 or more: one for the pool, one device")
     pool, devices = deal(count, POOL)
     load = partial(_load, frozenset(pool))
     names = [f"writer {i + 1}" for i in range(count)]
@@ -44,10 +48,10 @@ def task(users: int | None = None) -> Task:
         "differ in handwriting and in which digits they write. Which digit is it?",
         request="one image",
         notes=(
-            "The writers are made up: their rotation, shear, size, stroke width, noise and favourite "
-            "digits are drawn at random. Only the original images are real.",
-            "No original image is in two of train, validation and test, nor both in the pool and on "
-            "a device; two devices may hold the same original in the same split, drawn differently.",
+            "The writers are made up: their rotation, shear, size, stroke width, noise and "
+            "favourite digits are drawn at random. Only the original images are real.",
+            "No original image is in two of train, validation and test, nor both in the pool and "
+            "on a device; two devices may hold the same one in the same split, drawn differently.",
         ),
     )
 

@@ -1,9 +1,9 @@
 """Datasets come from their official address, are checked, and are kept in a cache.
 
 Nothing is bundled, as most datasets may not be passed on. The environment variable KITESTRING_DATA
-names a folder that already has the files; nothing is downloaded then. Otherwise a file is downloaded
-once into KITESTRING_CACHE (~/.cache/kitestring). Either way the digest is of what is inside: a
-recompressed copy of the right rows passes, and one changed row does not.
+names a folder that already has the files; nothing is downloaded then. Otherwise a file is
+downloaded once, into KITESTRING_CACHE (~/.cache/kitestring). Either way the digest is of what is
+inside: a recompressed copy of the right rows passes, and one changed row does not.
 """
 
 from __future__ import annotations
@@ -171,10 +171,14 @@ def _get(source: Source) -> bytes:
             raw = b"".join(chunks)
     except urllib.error.HTTPError as error:
         error.close()
-        raise DataError(f"{source.name}: HTTP {error.code} {error.reason}", source.url, mend) from None
+        raise DataError(
+            f"{source.name}: HTTP {error.code} {error.reason}", source.url, mend
+        ) from None
     except (http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(f"cannot download {source.name}: {reason}", source.url, mend) from error
     if size is not None and len(raw) != size:
-        raise DataError(f"{source.name} was cut short at {len(raw)} of {size} bytes", source.url, mend)
+        raise DataError(
+            f"{source.name} was cut short at {len(raw)} of {size} bytes", source.url, mend
+        )
     return raw

@@ -18,7 +18,7 @@ class Scale(nn.Module):
 
 
 class Past(nn.Module):
-    """[n, T, d] -> [n, T, size * d]: each position beside the size - 1 before it, zeros at the start."""
+    """[n, T, d] -> [n, T, size * d]: each position beside the size - 1 before, zeros at first."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

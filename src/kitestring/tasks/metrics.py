@@ -1,4 +1,4 @@
-"""Ready-made metrics of one user's rows (ALL take answer [n, ...] and truth [n, ...])."""
+"""Ready-made metrics of one user's rows (answer [n, ...], truth [n, ...])."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def _rank(answer: Array, truth: Array) -> Array:
     """1 + the number of items scored above the true one, over all items (full rank)."""
     own = np.take_along_axis(answer, truth[:, None].astype(np.int64), axis=1)
     ties = (answer == own).sum(1) - 1
-    return 1 + (answer > own).sum(1) + ties / 2
+    rank: Array = 1 + (answer > own).sum(1) + ties / 2
+    return rank
 
 
 def _hit(answer: Array, truth: Array) -> float:

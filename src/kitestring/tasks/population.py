@@ -1,4 +1,6 @@
-"""A task's users as an engine sees them: stacked rows of device users, and the pool's rows as one."""
+"""A task's users as an engine sees them: stacked rows of device users, and the pool's rows as
+one.
+"""
 
 from __future__ import annotations
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kitestring.devices.fit.programs import Batch, Program
 from kitestring.errors import TaskError
-from kitestring.tasks.task import Recorded, Task
+from kitestring.tasks.task import Array, Recorded, Task
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 _TEMPERATURE = 2.0
@@ -60,7 +61,8 @@ LOSSES: dict[str, RowLoss] = {
 def _divergence(loss: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """How far the outputs are from a teacher's: (out, teacher, y) -> [n].
 
-    For classes T^2 KL(teacher || student) at temperature T (Hinton, Vinyals, Dean 2015, section 2.1)."""
+    For classes T^2 KL(teacher || student) at temperature T (Hinton, Vinyals, Dean 2015, section
+    2.1)."""
 
     def classes(out: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
         p = F.log_softmax(teacher / _TEMPERATURE, -1)
@@ -115,7 +117,7 @@ class _Named(nn.Module):
 
 
 def split(module: nn.Module) -> tuple[nn.Module | None, nn.Module]:
-    """Front and back of a small model: its children of those names, or a Sequential's last layer."""
+    """Front and back of a small model: children of those names, or all but the last layer."""
     children = dict(module.named_children())
     if {"front", "back"} <= children.keys():
         return children["front"], children["back"]
@@ -124,8 +126,10 @@ def split(module: nn.Module) -> tuple[nn.Module | None, nn.Module]:
     return None, module
 
 
-def programs(task: Task, seed: int, sample: Tensor) -> dict[str, Program]:
-    """`sample`: a row or two of x, to learn the features' shape. Initial weights are drawn from `seed`."""
+def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
+    """`some_x`: a row or two, to learn the features' shape. Initial weights are drawn from
+    `seed`."""
+    sample = torch.from_numpy(np.array(some_x))
     loss = LOSSES[task.loss] if isinstance(task.loss, str) else task.loss
     far = _divergence(task.loss)
     confident = task.loss if task.loss in ("cross_entropy", "binary") else None
@@ -204,7 +208,8 @@ def _made(task: Task, which: str) -> nn.Module:
 
 
 def _output(task: Task, which: str, module: nn.Module, sample: Tensor) -> Tensor:
-    """Try a model on a row or two, so that shapes that do not match are told here and in one line."""
+    """Try a model on a row or two, so that shapes that do not match are told here and in one
+    line."""
     try:
         with torch.no_grad():
             out = module.eval()({"x": sample})["out"]

@@ -1,8 +1,8 @@
 """MNIST by its real writers: each of the 836 people who wrote the digits is a user.
 
-The images are MNIST (LeCun, Bottou, Bengio, Haffner 1998; commonly stated CC BY-SA 3.0), the writers
-come from QMNIST's extended labels (Yadav and Bottou 2019; BSD licence): 539 writers of the training
-set and 297 others of the test set.
+The images are MNIST (LeCun, Bottou, Bengio, Haffner 1998; commonly stated CC BY-SA 3.0), the
+writers come from QMNIST's extended labels (Yadav and Bottou 2019; BSD licence): 539 writers of the
+training set and 297 others of the test set.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WRITERS = {
 
 
 def task(users: int | None = None) -> Task:
-    """The 836 writers (or the first `users` of a fixed shuffle); x uint8 [n, 1, 28, 28], y int64 [n]."""
+    """The 836 writers (or the first `users` of a shuffle); x uint8 [n, 1, 28, 28], y int64 [n]."""
     writers = list(_rows())
     if users is not None:
         if not 2 <= users <= len(writers):
@@ -74,7 +74,7 @@ def task(users: int | None = None) -> Task:
         plan=Plan(
             local_epochs=10,
             rounds=5,
-            lr=(0.03, 0.1, 0.2),
+            lr=(0.05, 0.1, 0.2),
             cloud_epochs=8,
             cloud_lr=(0.0005, 0.001, 0.002),
         ),

@@ -1,4 +1,6 @@
-"""A task: a small model, a large model, users' data, and how to tell a good answer from a bad one."""
+"""A task: a small model, a large model, users' data, and how to tell a good answer from a bad
+one.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,13 @@ class Task:
     """Models to train on users' rows.
 
     `small` and `large` make `nn.Module`s that map the column "x" [n, ...] to one output [n, ...]:
-    logits [n, classes] or, for sequences, [n, length, classes]; a logit [n] for "binary"; a value [n]
-    for "squared". Truths "y" below 0 are ignored by "cross_entropy" (padding).
+    logits [n, classes] or, for sequences, [n, length, classes]; a logit [n] for "binary"; a value
+    [n] for "squared". Truths "y" below 0 are ignored by "cross_entropy" (padding).
 
-    A small model with children `front` and `back` (or an `nn.Sequential`, cut before its last layer)
-    can be split: the front runs on the device and its features may cross. `server` makes the large
-    back that continues from those features in the cloud; a two-layer network by default.
+    A small model with children `front` and `back` (or an `nn.Sequential`, cut before its last
+    layer) can be split: the front runs on the device and its features may cross. `server` makes
+    the large back that continues from those features in the cloud; a two-layer network by
+    default.
 
     `asks="last"`: of a sequence, only the last position is asked when serving."""
 
@@ -82,9 +85,9 @@ class Recorded:
     """Recorded answers instead of models: request collaborations run on them, nothing trains.
 
     Columns of the users' rows: "x" the sample's number (int64), "device" what the device's model
-    answered (float32 [n] or [n, k]) and "confidence" how sure it was (float32 [n]); "y" the truth.
-    `cloud` [samples, ...] is what the large model answered and `cost` [samples] its price in dollars,
-    both by sample number."""
+    answered (float32 [n] or [n, k]) and "confidence" how sure it was (float32 [n]); "y" the
+    truth. `cloud` [samples, ...] is what the large model answered and `cost` [samples] its price
+    in dollars, both by sample number."""
 
     name: str
     users: Users

@@ -19,7 +19,8 @@ Columns = Mapping[str, np.ndarray[Any, Any]]  # column -> [n, ...]; "x" is asked
 class Users:
     """`load(i)` gives user i's rows by split, made or read when asked for, not before.
 
-    `pool` are the users (indices into `names`) whose rows the cloud has; `devices` are the others."""
+    `pool` are the users (indices into `names`) whose rows the cloud has; `devices` are the others.
+    """
 
     names: Sequence[str]
     load: Callable[[int], Mapping[Split, Columns]]

@@ -47,7 +47,7 @@ class Responses:
 
 
 def task(users: int | None = None) -> Recorded:
-    """44 made-up users (or `users`); y is 1 everywhere and an answer is 1 where the model was right.
+    """44 made-up users (or `users`); y is 1 throughout, an answer 1 where the model was right.
 
     So accuracy is the share of questions answered rightly."""
     recorded = responses()
@@ -78,7 +78,8 @@ def task(users: int | None = None) -> Recorded:
             f"The data has no users: its questions were dealt at random to {count} made-up ones, "
             "so nothing here is about differences between people.",
             "Confidence is the chance that the weak model is right, predicted from the question's "
-            "words by a logistic regression that saw only the pool users' questions.",
+            "words by a logistic regression that saw only the pool users' questions. It "
+            "tells little: its AUC on the others is .55.",
             "Costs are estimates: four characters a token, at GPT-4-1106's list price of 2024 ($10 "
             "per million tokens asked, $30 answered).",
         ),
@@ -103,7 +104,7 @@ def responses() -> Responses:
 
 
 def _confidence(recorded: Responses, pooled: Array) -> Array:
-    """float32 [1319]: the predicted chance that the weak model is right, fitted on `pooled` rows."""
+    """float32 [1319]: the chance that the weak model is right, predicted from `pooled` rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -86,7 +86,7 @@ def marks() -> Mapping[str, Array]:
             middle = (np.arange(int(seconds / SHOT)) + 0.5) * SHOT * frames / seconds
             name = "".join(map(chr, cell("video", row).ravel()))
             found[name] = cell("user_anno", row)[:, middle.astype(int)].astype(np.float32)
-    return found
+        return found
 
 
 def _part(video: Array, raters: int, seed: Sequence[int]) -> tuple[Array, Array, Array]:
@@ -99,7 +99,8 @@ def _part(video: Array, raters: int, seed: Sequence[int]) -> tuple[Array, Array,
 
 def _sure(device: Array) -> Array:
     """How far a shot is from the device rater's own cut between highlights and the rest."""
-    return np.abs(device - np.quantile(device, 1 - TOP)).astype(np.float32)
+    distance: Array = np.abs(device - np.quantile(device, 1 - TOP)).astype(np.float32)
+    return distance
 
 
 def _load(columns: Sequence[Columns], user: int) -> Mapping[Split, Columns]:

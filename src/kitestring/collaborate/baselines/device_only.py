@@ -25,7 +25,7 @@ class DeviceOnly:
     optimiser: str = "sgd"
 
     crosses: ClassVar[Crossing] = {"train": Lane()}
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "Device only",
         "baseline",

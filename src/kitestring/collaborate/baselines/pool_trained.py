@@ -1,7 +1,8 @@
 """Cloud only, and shipped: one model trained on the cloud's pool, before any device is asked.
 
-*Cloud only* serves the large model from the cloud. *Shipped* sends the small one down once. "joint" trains a
-device front with two backs, a small and a large one, for the collaborations that cut a model in two.
+*Cloud only* serves the large model from the cloud. *Shipped* sends the small one down once.
+"joint" trains a device front with two backs, a small and a large one, for the collaborations that
+cut a model in two.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class State:
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
-    """A learning rate that falls to nearly zero (Loshchilov & Hutter 2017, SGDR, eq. 5, one cycle)."""
+    """A learning rate that falls to nearly zero (Loshchilov & Hutter 2017, SGDR, eq. 5, one
+    cycle)."""
     return lr * (1 + cos(pi * step / steps)) / 2
 
 
@@ -40,7 +42,7 @@ class PoolTrained:
     optimiser: str = "adam"
 
     crosses: ClassVar[Crossing] = {}
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
 
     def install(self, devices: Devices) -> Tree:
         return Tree()
@@ -72,7 +74,9 @@ class PoolTrained:
         return replace(state, round=state.round + 1, **{self._field: fit.parameters})
 
     def serve(self) -> Any:
-        return {"large": InCloud(), "small": OnDevice(), "joint": Split(private=False)}[self.program]
+        return {"large": InCloud(), "small": OnDevice(), "joint": Split(private=False)}[
+            self.program
+        ]
 
 
 CLOUD_ONLY = About(
@@ -80,7 +84,7 @@ CLOUD_ONLY = About(
     "baseline",
     "-",
     "The large model, trained on the cloud's pool, answers every request; requests go up raw.",
-    needs=(),
+    needs=("pool",),
 )
 SHIPPED = About(
     "Shipped",
@@ -93,10 +97,8 @@ SHIPPED = About(
 
 def trials(program: str, budget: Budget) -> list[PoolTrained]:
     rounds = min(10, budget.cloud_epochs)
+    epochs, batch = budget.cloud_epochs // rounds, budget.cloud_batch
     return [
-        PoolTrained(
-            program, rounds, budget.cloud_epochs // rounds, budget.cloud_batch, lr,
-            budget.cloud_optimiser,
-        )  # fmt: skip
+        PoolTrained(program, rounds, epochs, batch, lr, budget.cloud_optimiser)
         for lr in budget.cloud_lrs
     ]

@@ -1,7 +1,8 @@
 """Pooled: every device uploads its raw rows once, and the cloud trains on all there is.
 
-What privacy costs is read off here: the quality without any. The cloud holds all rows in memory, as it
-would have to. The small model is sent down to answer; the large one gains too, and is reported as "after".
+What privacy costs is read off here: the quality without any. The cloud holds all rows in memory,
+as it would have to. The small model is trained from the start and sent down to answer; the large
+one goes on from what the pool made of it, for a third of the passes, and is reported as "after".
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class Pooled:
     optimiser: str = "adam"
 
     crosses: ClassVar[Crossing] = {"upload": Lane(up={"data": ("x", "y")})}
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "Pooled",
         "baseline",
         "-",
-        "Every device uploads its raw rows; the cloud trains on them and sends the small model down.",
+        "Every device uploads its raw rows; the cloud trains on all and sends a small model down.",
         needs=("models",),
         large="large",
     )
@@ -57,7 +58,7 @@ class Pooled:
         return Tree()
 
     def init(self, cloud: Cloud, seed: int) -> State:
-        return State(-1, cloud.initial("small"), cloud.initial("large"))
+        return State(-1, cloud.initial("small"), cloud.pretrained("large"))
 
     def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
         if state.round == self.rounds:
@@ -75,12 +76,11 @@ class Pooled:
         if state.round < 0:
             return replace(state, round=0)
         rows = everything(cloud)
-        sgd: dict[str, Any] = {
-            "lr": cosine(self.lr, state.round, self.rounds),
-            "epochs": self.epochs, "batch": self.batch, "optimiser": self.optimiser,
-        }  # fmt: skip
-        small = cloud.fit("small", state.weights, rows, **sgd).parameters
-        large = cloud.fit("large", state.large, rows, **sgd).parameters
+        lr = cosine(self.lr, state.round, self.rounds)
+        sgd: dict[str, Any] = {"lr": lr, "batch": self.batch, "optimiser": self.optimiser}
+        small = cloud.fit("small", state.weights, rows, epochs=self.epochs, **sgd).parameters
+        further = max(1, self.epochs // 3)
+        large = cloud.fit("large", state.large, rows, epochs=further, tag="large", **sgd).parameters
         return State(state.round + 1, small, large)
 
     def serve(self) -> OnDevice:

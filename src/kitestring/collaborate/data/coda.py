@@ -1,10 +1,11 @@
 """CoDA: the cloud sends a device pool samples that resemble its own; the device keeps what helps.
 
-After Gu, Niu, Yan, Wu, Tang, Jia, Lyu, Chen: "On-device learning with cloud-coordinated data augmentation
-for extreme model personalization in recommender systems", arXiv 2201.10382. The device describes its rows by a
-few prototypes of their features; the cloud matches pool samples to them; on the device a classifier of own
-against outside samples filters the gift, and of three models (unchanged, trained on own rows, trained on own
-and kept rows) the one that does best on held-out own rows stays. So no round makes it worse there.
+After Gu, Niu, Yan, Wu, Tang, Jia, Lyu, Chen: "On-device learning with cloud-coordinated data
+augmentation for extreme model personalization in recommender systems", arXiv 2201.10382. The
+device describes its rows by a few prototypes of their features; the cloud matches pool samples to
+them; on the device a classifier of own against outside samples filters the gift, and of three
+models (unchanged, trained on own rows, trained on own and kept rows) the one that does best on
+held-out own rows stays. So no round makes it worse there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class CoDA:
         "start": Lane(down={"parameters": ("*",)}, up={"features": ("prototypes",)}),
         "learn": Lane(down={"data": ("x", "y")}, up={"scalars": ("kept", "accepted")}),
     }
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "CoDA",
         "data",
@@ -179,7 +180,8 @@ def cluster(h: Rows, k: int, draw: Array) -> Array:
 
 
 def match(prototypes: Array, places: Array, settings: CoDA, round: int) -> Array:
-    """Pool rows [D, gift] nearest to the prototypes [D, k, d]; each round takes its own comb of ranks."""
+    """Pool rows [D, gift] nearest to the prototypes [D, k, d]; each round takes its own comb of
+    ranks."""
     each = max(1, settings.gift // settings.prototypes)
     reach = min(len(places), each * settings.rounds)
     far = (

@@ -1,9 +1,11 @@
-"""FedGKT: a small model on the device and a large one on its features teach each other by their logits.
+"""FedGKT: a small model on the device and a large one on its features teach each other by their
+logits.
 
-He, Annavaram, Avestimehr: "Group knowledge transfer: federated learning of large CNNs at the edge", NeurIPS
-2020, algorithm 1. The device trains front and small back on labels and the server's logits, then sends
-features, logits and labels; the server trains its large back on those and returns its logits for each row.
-Requests take the same way: the device computes the front, the server answers.
+He, Annavaram, Avestimehr: "Group knowledge transfer: federated learning of large CNNs at the
+edge", NeurIPS 2020, algorithm 1. The device trains front and small back on labels and the
+server's logits, then sends features, logits and labels; the server trains its large back on those
+and returns its logits for each row. Requests take the same way: the device computes the front,
+the server answers.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class FedGKT:
             down={"features": ("logits",)}, up={"features": ("h", "logits"), "data": ("y",)}
         ),
     }
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "FedGKT",
         "features",
@@ -61,11 +63,13 @@ class FedGKT:
     @staticmethod
     def trials(budget: Budget) -> list[FedGKT]:
         server_lr = sorted(budget.cloud_lrs)[len(budget.cloud_lrs) // 2]
+        server: dict[str, Any] = {
+            "server_batch": budget.cloud_batch,
+            "server_lr": server_lr,
+            "server_optimiser": budget.cloud_optimiser,
+        }
         return [
-            FedGKT(
-                budget.rounds, budget.epochs, budget.batch, lr, budget.optimiser,
-                1, budget.cloud_batch, server_lr, budget.cloud_optimiser,
-            )  # fmt: skip
+            FedGKT(budget.rounds, budget.epochs, budget.batch, lr, budget.optimiser, **server)
             for lr in budget.lrs
         ]
 

@@ -1,10 +1,13 @@
-"""SplitNN: the device computes a front, the cloud the rest; features and labels go up, gradients down.
+"""SplitNN: the device computes a front, the cloud the rest; features and labels go up, gradients
+down.
 
-Gupta & Raskar: "Distributed learning of deep neural network over multiple agents", J. Network and Computer
-Applications 2018; Vepakomma et al., arXiv 1812.00564. All devices step at once and keep their fronts to
-themselves, while the cloud's half is shared (Thapa et al., "SplitFed", AAAI 2022, without averaging fronts).
+Gupta & Raskar: "Distributed learning of deep neural network over multiple agents", J. Network and
+Computer Applications 2018; Vepakomma et al., arXiv 1812.00564. All devices step at once and keep
+their fronts to themselves, while the cloud's half is shared (Thapa et al., "SplitFed", AAAI 2022,
+without averaging fronts).
 
-One exchange is one minibatch: the gradient of the last one comes down, the features of the next go up.
+One exchange is one minibatch: the gradient of the last one comes down, the features of the next
+go up.
 """
 
 from __future__ import annotations
@@ -33,13 +36,11 @@ class SplitNN:
     lr: float = 0.1
 
     crosses: ClassVar[Crossing] = {
-        "start": Lane(
-            down={"parameters": ("front.*",)}, up={"features": ("h",), "data": ("y",)}
-        ),
+        "start": Lane(down={"parameters": ("front.*",)}, up={"features": ("h",), "data": ("y",)}),
         "turn": Lane(down={"features": ("gradient",)}, up={"features": ("h",), "data": ("y",)}),
         "end": Lane(down={"features": ("gradient",)}),
     }
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "SplitNN",
         "features",
@@ -118,10 +119,12 @@ class SplitNN:
 
 
 def draw(devices: Devices, batch: int) -> tuple[Array, Array]:
-    """A minibatch without repetition for each device: row numbers [D, batch], how many count [D]."""
+    """A minibatch without repetition: row numbers [D, batch], and how many of them count [D]."""
     rows = devices.data["x"]
     width = rows.values.shape[1]
-    order = np.argsort(np.where(rows.mask(), devices.uniform("batch", width), 2), axis=1, stable=True)
+    order = np.argsort(
+        np.where(rows.mask(), devices.uniform("batch", width), 2), axis=1, stable=True
+    )
     wide = np.zeros((len(order), batch), np.int64)
     wide[:, : min(batch, width)] = order[:, :batch]
     size = np.minimum(rows.n, batch)

@@ -1,7 +1,8 @@
 """FedAvg: devices train the shared model on their rows; the cloud averages what they changed.
 
-McMahan, Moore, Ramage, Hampson, Agüera y Arcas: "Communication-efficient learning of deep networks from
-decentralized data", AISTATS 2017, algorithm 1. Here the start is the model that the cloud trained on its pool.
+McMahan, Moore, Ramage, Hampson, Agüera y Arcas: "Communication-efficient learning of deep
+networks from decentralized data", AISTATS 2017, algorithm 1. Here the start is the model that the
+cloud trained on its pool.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FedAvg:
             down={"parameters": ("*",)}, up={"parameters": ("*",), "scalars": ("examples",)}
         )
     }
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "FedAvg",
         "parameters",
@@ -78,7 +79,9 @@ class FedAvg:
         weights = state.weights
         for total in chunks:
             examples = total.message.scalars["examples"]
-            weights = weights + Tree({k: a[0] / examples[0] for k, a in total.message.parameters.items()})
+            weights = weights + Tree(
+                {k: a[0] / examples[0] for k, a in total.message.parameters.items()}
+            )
         return State(state.round + 1, weights)
 
     def serve(self) -> OnDevice:

@@ -1,8 +1,9 @@
 """Cascade: the device answers; what it is least sure of goes up, at most a given share of requests.
 
-The threshold on confidence is calibrated for that budget from histograms that devices send (summed, so none is
-seen alone), on their own rows without labels. Viola & Jones 2001 gave cascades; thresholds under a call budget
-as in Chen, Zaharia, Zou: "FrugalGPT", arXiv 2305.05176, and Teerapittayanon et al., BranchyNet, ICPR 2016.
+The threshold on confidence is calibrated for that budget from histograms that devices send
+(summed, so none is seen alone), on their own rows without labels. Viola & Jones 2001 gave
+cascades; thresholds under a call budget as in Chen, Zaharia, Zou: "FrugalGPT", arXiv 2305.05176,
+and Teerapittayanon et al., BranchyNet, ICPR 2016.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Cascade:
     crosses: ClassVar[Crossing] = {
         "calibrate": Lane(down={"parameters": ("*",)}, up={"features": ("histogram",)})
     }
-    State: ClassVar[type[State]] = State
+    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "Cascade",
         "request",
@@ -91,7 +92,8 @@ class Cascade:
 
 
 def confidence(weights: Tree, devices: Devices) -> tuple[Tree, Rows]:
-    """The device's answers, and its confidence in [0, 1] spread over one bin, so that ties can be cut."""
+    """The device's answers, and its confidence in [0, 1] spread over one bin, so that ties can be
+    cut."""
     columns = {k: r for k, r in devices.data.items() if k != "y"}
     found = devices.predict("small.answer", weights, columns)
     sure: Rows = found["confidence"]
@@ -149,5 +151,3 @@ class Escalate:
         wide = decision.send.reshape(decision.send.shape + (1,) * (own.values.ndim - 2))
         merged = Rows(np.where(wide, came, own.values), own.n)
         return Decision(Tree(answer=merged), np.zeros_like(decision.send), Message())
-
-

@@ -102,8 +102,9 @@ class TorchCompute:
         if p.loss is None:
             raise TaskError(f"program {program!r} has no loss to train with")
         plan = schedule(key, next(iter(rows.values())).n, batch, epochs)
-        way = vmapped if self._maps(p, weights, {k: r.values for k, r in rows.items()}) else sequential
-        return way.fit(p, weights, rows, plan, lr=lr, optimiser=optimiser, seeds=key)
+        mapped = self._maps(p, weights, {k: r.values for k, r in rows.items()})
+        fit = vmapped.fit if mapped else sequential.fit
+        return fit(p, weights, rows, plan, lr=lr, optimiser=optimiser, seeds=key)
 
     def backward(
         self,
@@ -119,12 +120,18 @@ class TorchCompute:
         share = real.astype(np.float32) if row_weights is None else np.where(real, row_weights, 0)
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: put a real row (or zero) there.
         columns = {k: _fill(r, real) for k, r in rows.items()}
-        cot = None if cotangent is None else {
-            k: np.where(_wide(real, r.values), r.values, 0).astype(r.values.dtype)
-            for k, r in cotangent.items()
-        }
+        cot = (
+            None
+            if cotangent is None
+            else {
+                k: np.where(_wide(real, r.values), r.values, 0).astype(r.values.dtype)
+                for k, r in cotangent.items()
+            }
+        )
         way = vmapped if self._maps(p, weights, columns) else sequential
-        loss, d_weights, d_columns = way.backward(p, weights, columns, cot, share.astype(np.float32))
+        loss, d_weights, d_columns = way.backward(
+            p, weights, columns, cot, share.astype(np.float32)
+        )
         return loss, Tree(d_weights), Tree({k: Rows(v, first.n) for k, v in d_columns.items()})
 
 
@@ -152,8 +159,16 @@ def _unmappable(program: Program) -> str:
 
 def _probe(program: Program, weights: Tree, columns: Mapping[str, Array]) -> str:
     """Try two devices and one row each; what vmap says when it cannot is the reason."""
-    few = {k: _fill(Rows(v[:2, :1], np.array([1, 1])), np.ones((2, 1), bool)) for k, v in columns.items()}
-    two = Tree({k: np.ascontiguousarray(np.broadcast_to(a[:1], (2, *a.shape[1:]))) for k, a in weights.items()})
+    few = {
+        k: _fill(Rows(v[:2, :1], np.array([1, 1])), np.ones((2, 1), bool))
+        for k, v in columns.items()
+    }
+    two = Tree(
+        {
+            k: np.ascontiguousarray(np.broadcast_to(a[:1], (2, *a.shape[1:])))
+            for k, a in weights.items()
+        }
+    )
     few = {k: np.nan_to_num(v) if v.dtype.kind == "f" else v for k, v in few.items()}
     try:
         if program.loss is None:
@@ -178,6 +193,3 @@ def _probe(program: Program, weights: Tree, columns: Mapping[str, Array]) -> str
 def thread_per_process() -> None:
     """One thread each: workers share the cores, and small products lose by splitting."""
     torch.set_num_threads(1)
-
-
-

@@ -39,7 +39,7 @@ class Program:
 
     @cached_property
     def trained(self) -> frozenset[str]:
-        """Names that gradients change; the others (frozen weights, statistics) are carried along."""
+        """Names that gradients change; frozen weights and statistics are carried along."""
         return frozenset(name for name, p in self.module.named_parameters() if p.requires_grad)
 
     def initial(self) -> Tree:
@@ -52,7 +52,7 @@ class Program:
     def predict(self, outputs: Batch, batch: Batch) -> dict[str, Tensor]:
         return self.after(outputs, batch) if self.after else dict(outputs)
 
-    def flops(self, columns: Mapping[str, np.ndarray]) -> float:  # type: ignore[type-arg]
+    def flops(self, columns: Mapping[str, np.ndarray]) -> float:
         """Operations of one forward pass over one row (products and convolutions, 2 per MAC)."""
         key = tuple((k, v.shape[2:], v.dtype.name) for k, v in sorted(columns.items()))
         if key not in self._flops:
@@ -63,7 +63,7 @@ class Program:
         return self._flops[key]
 
 
-def _torch(array: np.ndarray) -> torch.dtype:  # type: ignore[type-arg]
+def _torch(array: np.ndarray) -> torch.dtype:
     return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 

@@ -1,4 +1,6 @@
-"""Which rows make up which batch: drawn from keys, the same however devices are chunked or padded."""
+"""Which rows make up which batch: drawn from keys, the same however devices are chunked or
+padded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One device after the other with plain `nn.Module` and `torch.optim`: the reference, for any module."""
+"""One device after the other with plain `nn.Module` and `torch.optim`: the reference, for any
+module.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def backward(
         assert isinstance(total, Tensor)
         targets = [*named.values(), *wanted.values()]
         found = torch.autograd.grad(total, targets, allow_unused=True)
-        filled = [torch.zeros_like(t) if g is None else g for t, g in zip(targets, found, strict=True)]
+        filled = [
+            torch.zeros_like(t) if g is None else g for t, g in zip(targets, found, strict=True)
+        ]
         losses.append(float(total))
         d_weights.append(dict(zip(named, filled, strict=False)))
         d_columns.append(dict(zip(wanted, filled[len(named) :], strict=True)))

@@ -1,7 +1,7 @@
 """All devices of a chunk at once: `torch.func.vmap` over per-device weights and rows.
 
-Devices are sorted by their number of steps, and step t computes only the prefix that still has one:
-no masked-out work, and the same numbers as one after the other within float error.
+Devices are sorted by their number of steps, and step t computes only the prefix that still has
+one: no masked-out work, and the same numbers as one after the other within float error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def fit(
     module, row_loss = program.training, program.loss
     assert row_loss is not None
 
-    def loss(train: dict[str, Tensor], held: dict[str, Tensor], batch: dict[str, Tensor], w: Tensor) -> Tensor:
+    def loss(
+        train: dict[str, Tensor], held: dict[str, Tensor], batch: dict[str, Tensor], w: Tensor
+    ) -> Tensor:
         return (row_loss(functional_call(module, {**train, **held}, (batch,)), batch) * w).sum()
 
     gradient = vmap(grad_and_value(loss))
@@ -99,7 +101,9 @@ def backward(
     train = {k: v for k, v in values.items() if k in program.trained}
     held = {k: v for k, v in values.items() if k not in program.trained}
 
-    def total(w: dict[str, Tensor], f: dict[str, Tensor], rest: tuple[dict[str, Tensor], ...]) -> Tensor:
+    def total(
+        w: dict[str, Tensor], f: dict[str, Tensor], rest: tuple[dict[str, Tensor], ...]
+    ) -> Tensor:
         fixed, other, cot, share = rest[0], rest[1], rest[2], rest[3]["w"]
         batch = {**other, **f}
         out = functional_call(program.training, {**w, **fixed}, (batch,))

@@ -1,0 +1,212 @@
+"""The command line: `kitestring compare`, `kitestring report`, `kitestring tasks`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kitestring import __version__
+from kitestring.errors import KitestringError, SettingError
+
+if TYPE_CHECKING:
+    from kitestring.results import Comparison
+
+_EXTRA = "pip install 'kitestring[compare]'"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="kitestring",
+        description="Small models on devices and a large model in the cloud, together.",
+    )
+    top.add_argument("--version", action="version", version=f"kitestring {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    compare = commands.add_parser(
+        "compare",
+        help="try every way of collaborating on a task, and say which to choose",
+        description="Try every way of collaborating on a task, and say which to choose.",
+    )
+    data = compare.add_argument_group("the task")
+    data.add_argument(
+        "task", nargs="?", metavar="TASK",
+        help="a built-in task (`kitestring tasks` lists them), package.module:name or file.py:name",
+    )  # fmt: skip
+    data.add_argument("--csv", metavar="FILE", help="a table instead, one row a line")
+    data.add_argument("--user", metavar="COL", help="its column that says whose row it is")
+    data.add_argument("--target", metavar="COL", help="its column to predict")
+    data.add_argument("--users", type=int, metavar="N", help="only so many of the users")
+    what = compare.add_argument_group("the comparison")
+    what.add_argument("--only", metavar="NAMES", default="", help="only these, separated by commas")
+    what.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds (default 3)")
+    what.add_argument(
+        "--trials", type=int, default=3, metavar="N", help="tuning trials for each (default 3)"
+    )
+    what.add_argument("--profile", default="phone", metavar="NAME", help="device class (phone)")
+    what.add_argument(
+        "--compute", choices=("auto", "vmap", "sequential"), default="auto",
+        help="how devices are computed: all at once, one by one, or what is faster",
+    )  # fmt: skip
+    what.add_argument(
+        "--lost",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of replies that never arrive",
+    )
+    _judging(compare)
+    run = compare.add_argument_group("the run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="where to keep it (runs/TASK)")
+    run.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    run.add_argument("--fresh", action="store_true", help="start over, whatever is there")
+    run.add_argument("--workers", type=int, metavar="N", help="processes (one for each core)")
+
+    report = commands.add_parser(
+        "report",
+        help="judge a finished comparison anew, with other limits or prices",
+        description="Judge a finished comparison anew, with other limits or prices.",
+    )
+    report.add_argument("run", type=Path, metavar="DIR", help="the folder that `compare` wrote")
+    _judging(report)
+    commands.add_parser("tasks", help="list the built-in tasks")
+    return top
+
+
+def _judging(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("the decision")
+    group.add_argument(
+        "--limit", metavar="LIMITS", default="",
+        help='what must hold, as in "1MB/day, 50ms, no data up"',
+    )  # fmt: skip
+    group.add_argument("--prices", type=Path, metavar="FILE", help="a price table of your own")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done. 2: one line on standard error says what is wrong. 130: interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = parser().parse_args(arguments)
+    command = {"compare": _compare, "report": _report, "tasks": _tasks}[given.command]
+    try:
+        command(given, "kitestring " + " ".join(_quoted(a) for a in arguments))
+    except KitestringError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; --resume goes on where it stopped", 130)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if os.environ.get("KITESTRING_DEBUG"):
+            traceback.print_exc()
+        line = (str(error).strip().splitlines() or [""])[0]
+        return _fail(
+            f"unexpected {type(error).__name__}: {line}. "
+            "This is a fault of Kitestring: KITESTRING_DEBUG=1 shows where, please report it"
+        )
+    return 0
+
+
+def _fail(line: str, status: int = 2) -> int:
+    print(f"kitestring: {line}", file=sys.stderr)
+    return status
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if " " in word else word
+
+
+def _compare(given: argparse.Namespace, command: str) -> None:
+    _need_extra()
+    from kitestring.compare import Order, compare
+    from kitestring.decide import parse_limits
+    from kitestring.prices import load as load_prices
+
+    # What can be wrong with limits and prices is told now, not after the work.
+    parse_limits(given.limit)
+    load_prices(given.prices)
+    order = Order(
+        task=given.task or "digits",
+        csv=_table(given),
+        user=given.user or "",
+        target=given.target or "",
+        users=given.users,
+        only=tuple(name.strip() for name in given.only.split(",") if name.strip()),
+        seeds=given.seeds,
+        trials=given.trials,
+        profile=given.profile,
+        compute=given.compute,
+        lost=given.lost,
+    )
+    if given.workers is not None and given.workers < 1:
+        raise SettingError(f"--workers {given.workers} is too small", mend="Give 1 or more")
+    if given.resume and given.fresh:
+        raise SettingError("--resume and --fresh exclude each other")
+    folder = given.out or Path("runs") / order.title
+    from kitestring.progress import Progress
+
+    with Progress() as progress:
+        comparison = compare(
+            order, folder, resume=given.resume, fresh=given.fresh, workers=given.workers,
+            heard=progress,
+        )  # fmt: skip
+    _judge(comparison, folder, given, command)
+
+
+def _table(given: argparse.Namespace) -> str | None:
+    if given.csv is None:
+        if given.user or given.target:
+            raise SettingError("--user and --target belong to --csv", mend="Add --csv FILE")
+        return None
+    if given.task:
+        raise SettingError(f"a task ({given.task}) and --csv exclude each other")
+    if not given.user or not given.target:
+        raise SettingError("--csv needs --user COL and --target COL")
+    return str(given.csv)
+
+
+def _report(given: argparse.Namespace, command: str) -> None:
+    _need_extra()
+    from kitestring.compare import load
+
+    _judge(load(given.run), given.run, given, command)
+
+
+def _judge(comparison: Comparison, folder: Path, given: argparse.Namespace, command: str) -> None:
+    from rich.console import Console
+
+    from kitestring import report, show
+    from kitestring.decide import decide, parse_limits
+    from kitestring.prices import load as load_prices
+
+    prices = load_prices(given.prices)
+    verdict = decide(comparison, parse_limits(given.limit), prices)
+    console = Console()
+    console.print(show.table(comparison, verdict, prices))
+    path = folder / "report.html"
+    report.write(comparison, verdict, prices, path, command=command)
+    console.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _tasks(given: Any, command: str) -> None:
+    from kitestring.tasks.find import BUILT_IN
+
+    for name, (_, about) in BUILT_IN.items():
+        print(f"{name:12} {about}")
+
+
+def _need_extra() -> None:
+    for module in ("torch", "rich", "matplotlib", "sklearn"):
+        try:
+            __import__(module)
+        except ImportError:
+            raise SettingError(
+                f"comparing needs {module}, which is not installed", mend=f"Run: {_EXTRA}"
+            ) from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
