@@ -231,7 +231,19 @@ def generate_collaborations() -> str | None:
     return f"\n{table().strip()}\n\n"
 
 
+def generate_example() -> str | None:
+    path = ROOT / "tests" / "examples" / "my_task.py"
+    return f"\n```python\n{path.read_text().strip()}\n```\n\n" if path.exists() else None
+
+
+def generate_demo() -> str | None:
+    path = ROOT / "benchmarks" / "results" / "digits.txt"
+    return f"\n```text\n{path.read_text().rstrip()}\n```\n\n" if path.exists() else None
+
+
 GENERATORS: dict[str, tuple[str, Callable[[], str | None]]] = {
+    "example": ("README.md", generate_example),
+    "demo": ("README.md", generate_demo),
     "help": ("docs/help.md", generate_help),
     "collaborations": ("README.md", generate_collaborations),
 }

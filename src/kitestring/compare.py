@@ -454,7 +454,7 @@ def _in_words(b: Budget, task: Task | Recorded) -> str:
         return "nothing trains: answers are recorded"
     return (
         f"every collaboration that trains on devices: {b.local_epochs} passes over a device's own "
-        f"rows in minibatches of {b.batch} ({b.steps} steps on the median device with {b.rows} rows), "
+        f"rows in minibatches of {b.batch} ({b.steps} steps on the median device, {b.rows} rows), "
         f"spread over {b.rounds} exchanges (SplitNN: one exchange a step); "
         f"models trained in the cloud: {b.cloud_epochs} passes"
     )

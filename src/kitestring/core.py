@@ -141,6 +141,7 @@ class Cloud(Compute, Protocol):
     table: Any  # device id -> Tree, on disk
 
     def sample(self, k: int | None) -> Array: ...
+    def uniform(self, tag: str, n: int) -> Array: ...
     def pretrained(self, program: str) -> Tree:
         """What the cloud trained on its pool beforehand; the initial weights without a pool."""
 

@@ -49,6 +49,11 @@ class CloudSession:
         generator = np.random.default_rng([self._seed, self.serial])
         return np.sort(generator.choice(self.fleet, k, replace=False))
 
+    def uniform(self, tag: str, n: int) -> Array:
+        """[n] numbers in [0, 1), keyed by seed, exchange and tag."""
+        key = dice.keys(self._seed, np.array([dice.CLOUD]), self.serial, tag)
+        return dice.uniform(key, n)[0]
+
     def _spend(self, program: str, rows: Mapping[str, Rows], passes: float) -> None:
         n = int(np.sum(next(iter(rows.values())).n))
         self.flops += n * passes * self._compute.flops(program, rows)

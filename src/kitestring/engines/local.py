@@ -41,6 +41,9 @@ class Hands(Protocol):
     def settle(self, ids: Array, serial: int, good: Array) -> None:
         """The cloud has these devices' replies (good), or not: keep or drop what they changed."""
 
+    def end(self, kept: bool) -> None:
+        """The round stands, or is void: then its good replies change nothing either."""
+
     def decide(
         self, service: Any, ids: Array, split: str, deployed: Message
     ) -> tuple[Decision, Array]: ...
@@ -58,8 +61,11 @@ class InProcess:
     def open(self, collaboration: Any, seed: int) -> None:
         self._collaboration, self._seed = collaboration, seed
 
-    def _session(self, ids: Array, serial: int, split: str) -> DeviceSession:
-        data = self._population.rows(ids, split)
+    def _session(
+        self, ids: Array, serial: int, split: str, hidden: tuple[str, ...] = ()
+    ) -> DeviceSession:
+        rows = self._population.rows(ids, split)
+        data = {k: r for k, r in rows.items() if k not in hidden}
         session = DeviceSession(self._compute, ids, self._seed, serial, data, Tree())
         session.private = self._private(ids, session)
         return session
@@ -82,11 +88,13 @@ class InProcess:
         if self._pending:
             self._store.put("private", ids, self._pending, np.nonzero(good)[0])
 
+    def end(self, kept: bool) -> None:
+        """Private states share the store with the run, and stand or fall with its transaction."""
+
     def decide(
         self, service: Any, ids: Array, split: str, deployed: Message
     ) -> tuple[Decision, Array]:
-        session = self._session(ids, 0, split)
-        session.data = {k: r for k, r in session.data.items() if k != "y"}  # labels are hidden
+        session = self._session(ids, 0, split, hidden=("y",))
         decision = service.decide(session, deployed.parameters)
         self._asked = (service, deployed.parameters, decision, session)
         return decision, session.flops
@@ -119,9 +127,8 @@ def _finite(message: Message, count: int) -> Array:
     for _, _, leaf in message.leaves():
         values = leaf.values if isinstance(leaf, Rows) else leaf
         if values.dtype.kind == "f":
-            fine = (
-                np.isfinite(values).reshape(*values.shape[: 1 + isinstance(leaf, Rows)], -1).all(-1)
-            )
+            kept = 1 + isinstance(leaf, Rows)
+            fine = np.isfinite(values).all(axis=tuple(range(kept, values.ndim)))
             good &= (fine | ~leaf.mask()).all(1) if isinstance(leaf, Rows) else fine
     return good
 
@@ -184,11 +191,13 @@ class LocalEngine:
         save_state(self.store, state)
         self._keep_books()
         self.store.commit()
+        self.hands.end(True)
 
     def void(self) -> None:
         """Drop what the round changed; what crossed has crossed and stays billed."""
         self._void += 1
         self.store.rollback()
+        self.hands.end(False)
         self._cloud_time()
         self._keep_books()
         self.store.commit()

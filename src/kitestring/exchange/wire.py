@@ -31,7 +31,8 @@ def _record(kind: int, name: str, array: Any) -> bytes:
     label = name.encode()
     head = struct.pack("<BBBB", kind, DTYPES.index(array.dtype.name), array.ndim, len(label))
     sizes = struct.pack(f"<{array.ndim}I", *array.shape)
-    return head + label + sizes + np.ascontiguousarray(array).tobytes()
+    body = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return head + label + sizes + body.tobytes()
 
 
 def pack(message: Message, d: int) -> bytes:
@@ -70,11 +71,16 @@ def unpack(blob: bytes) -> Message:
             shape = struct.unpack_from(f"<{dimensions}I", blob, at)
             at += 4 * dimensions
             count = int(np.prod(shape, dtype=np.int64))
-            array = np.frombuffer(blob, DTYPES[dtype], count, at).reshape(shape)
+            if count < 0:
+                raise ValueError(f"{shape} is no shape")
+            array = np.frombuffer(blob, DTYPES[dtype], count, at).reshape(shape).copy()
             at += array.nbytes
             leaf = Rows(array[None], np.array([len(array)])) if code & _RAGGED else array[None]
-            getattr(message, KINDS[code & ~_RAGGED])[name] = leaf
-    except (struct.error, IndexError, ValueError, UnicodeDecodeError) as problem:
+            leaves = getattr(message, KINDS[code & ~_RAGGED])
+            if name in leaves:
+                raise ValueError(f"{name!r} comes twice")
+            leaves[name] = leaf
+    except (struct.error, IndexError, ValueError, TypeError) as problem:
         raise BadBytes(f"not a packed message at byte {at} of {len(blob)}: {problem}") from None
     return message
 
@@ -85,7 +91,7 @@ def stack_leaves(leaves: Sequence[Any]) -> Any:
         return leaves[0] if len(leaves) == 1 else np.concatenate(leaves)
     n = np.array([int(rows.n[0]) for rows in leaves])
     first = leaves[0].values
-    values = np.zeros((len(leaves), max(1, n.max()), *first.shape[2:]), first.dtype)
+    values = np.zeros((len(leaves), max(1, int(n.max())), *first.shape[2:]), first.dtype)
     for d, rows in enumerate(leaves):
         values[d, : n[d]] = rows.values[0, : n[d]]
     return Rows(values, n)

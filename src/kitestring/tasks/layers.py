@@ -59,7 +59,8 @@ class Transformer(nn.Module):
     """Token ids [n, T] -> logits [n, T, vocabulary] of the next token; T may be at most `length`.
 
     With `padding`, token 0 is padding and nothing attends to it. With `past` above 1 a position
-    starts from that many tokens at once: on characters that saves much of the training."""
+    starts from that many tokens at once: on characters that saves much of the training. With
+    `tied` a token is scored by its own embedding, as in SASRec: that helps where many are rare."""
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         padding: bool = False,
         past: int = 1,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         self.padding = padding
@@ -81,7 +83,8 @@ class Transformer(nn.Module):
         self.past = nn.Sequential(Past(past), nn.Linear(past * width, width)) if past > 1 else None
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(blocks)])
         self.norm = nn.LayerNorm(width)
-        self.back = nn.Linear(width, vocabulary)
+        self.back = None if tied else nn.Linear(width, vocabulary)
+        self.bias = nn.Parameter(torch.zeros(vocabulary)) if tied else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,4 +100,7 @@ class Transformer(nn.Module):
         h = self.dropout(h + self.places.weight[:length])
         for block in self.blocks:
             h = block(h, hidden)
-        return cast(Tensor, self.back(self.norm(h)))
+        h = self.norm(h)
+        if self.back is None:
+            return functional.linear(h, self.tokens.weight, self.bias)
+        return cast(Tensor, self.back(h))

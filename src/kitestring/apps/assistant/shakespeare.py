@@ -65,7 +65,7 @@ def task(users: int | None = None) -> Task:
             rounds=5,
             optimiser="adam",
             lr=(0.001, 0.003, 0.006),
-            cloud_epochs=10,
+            cloud_epochs=8,
             cloud_batch=16,
             cloud_lr=(0.0005, 0.001, 0.002),
         ),

@@ -91,7 +91,9 @@ def _small() -> nn.Module:
 def _large() -> nn.Module:
     from kitestring.tasks.layers import Transformer
 
-    return Transformer(ITEMS + 1, LENGTH, width=64, heads=2, blocks=2, dropout=0.2, padding=True)
+    return Transformer(
+        ITEMS + 1, LENGTH, width=64, heads=2, blocks=2, dropout=0.3, padding=True, tied=True
+    )
 
 
 @cache

@@ -55,7 +55,8 @@ class PoolTrained:
         return "large" if self.program == "large" else "weights"
 
     def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
-        done = state.round == self.rounds or not getattr(state, self._field)
+        # Recorded answers come without a pool, and nothing trains.
+        done = state.round == self.rounds or cloud.data is None
         return None if done else [Ask("think", np.array([], np.int64))]
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:

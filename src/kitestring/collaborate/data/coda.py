@@ -79,7 +79,7 @@ class CoDA:
         assert cloud.data is not None
         pool = cloud.data
         h = cloud.predict("front", state.weights.pick("front."), {"x": pool["x"]})["h"]
-        places = summary(h).values[0]
+        places = summary(h).values[0, : int(h.n[0])]
 
         def each(ids: Array) -> Message:
             chosen = match(cloud.table.get(ids)["prototypes"], places, self, state.round)

@@ -55,7 +55,8 @@ class SplitNN:
         return [SplitNN(budget.steps, budget.batch, lr) for lr in budget.lrs]
 
     def install(self, devices: Devices) -> Tree:
-        return devices.initial("small").pick("front.")
+        none = np.zeros((len(devices.data["x"].n), self.batch), np.int64)
+        return Tree({**devices.initial("small").pick("front."), "batch": none, "size": none[:, 0]})
 
     def init(self, cloud: Cloud, seed: int) -> State:
         return State(0, cloud.pretrained("joint").pick("front.", "server."))
@@ -84,7 +85,7 @@ class SplitNN:
             )
             front = Tree({**front, **(front.pick(*slope) - slope * np.float32(self.lr))})
         if verb == "end":
-            return Message(), Tree(front)
+            return Message(), Tree({**devices.private, **front})
         at, size = draw(devices, self.batch)
         x, y = (devices.data[k].take(at, size) for k in ("x", "y"))
         h = devices.predict("front", front, {"x": x})["h"]

@@ -78,9 +78,9 @@ class FedAvg:
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
         weights = state.weights
         for total in chunks:
-            examples = total.message.scalars["examples"]
+            examples = max(1.0, float(total.message.scalars["examples"][0]))
             weights = weights + Tree(
-                {k: a[0] / examples[0] for k, a in total.message.parameters.items()}
+                {k: a[0] / examples for k, a in total.message.parameters.items()}
             )
         return State(state.round + 1, weights)
 

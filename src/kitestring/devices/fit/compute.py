@@ -43,11 +43,11 @@ class TorchCompute:
         """How a program is computed for several devices, and why: "vmap", "sequential: ..."."""
         return self._chosen.get(program, (False, "sequential: one device at a time"))[1]
 
-    def _maps(self, program: Program, weights: Tree, columns: Mapping[str, Array]) -> bool:
-        if self.how == "sequential" or len(next(iter(columns.values()))) == 1:
+    def _maps(self, program: Program, weights: Tree, rows: Mapping[str, Rows]) -> bool:
+        if self.how == "sequential" or len(next(iter(rows.values())).n) == 1:
             return False
         if program.name not in self._chosen:
-            why = _unmappable(program) or _probe(program, weights, columns)
+            why = _unmappable(program) or _probe(program, weights, rows)
             if not why and self.how == "auto" and _convolves(program.module):
                 why = "convolutions are faster one device at a time"
             self._chosen[program.name] = (not why, f"sequential: {why}" if why else "vmap")
@@ -55,12 +55,12 @@ class TorchCompute:
 
     def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
         p, first = self.program(program), next(iter(inputs.values()))
+        p.check(weights)
         if all(len(a) == 1 or a.strides[0] == 0 for a in weights.values()):
             found = self._predict_shared(p, weights, inputs)
         else:
-            columns = {k: r.values for k, r in inputs.items()}
-            way = vmapped if self._maps(p, weights, columns) else sequential
-            found = way.predict(p, weights, columns)
+            way = vmapped if self._maps(p, weights, inputs) else sequential
+            found = way.predict(p, weights, _filled(inputs))
         return Tree({k: Rows(v, first.n) for k, v in found.items()})
 
     def _predict_shared(
@@ -70,7 +70,9 @@ class TorchCompute:
         one = Tree({k: a[:1] for k, a in weights.items()})
         first = next(iter(inputs.values()))
         real = first.mask()
-        flat = {k: r.values[real][None] for k, r in inputs.items()}
+        flat = {k: r.values[r.mask()][None] for k, r in inputs.items()}
+        if not real.any():  # not every module takes no rows: learn the outputs' shapes from one
+            flat = {k: np.zeros((1, 1, *v.shape[2:]), v.dtype) for k, v in flat.items()}
         cuts = range(0, max(1, int(real.sum())), _SLICE)
         parts = [
             sequential.predict(p, one, {k: v[:, at : at + _SLICE] for k, v in flat.items()})
@@ -80,7 +82,7 @@ class TorchCompute:
         for k in parts[0]:
             whole = np.concatenate([part[k][0] for part in parts])
             out[k] = np.zeros((*real.shape, *whole.shape[1:]), whole.dtype)
-            out[k][real] = whole
+            out[k][real] = whole[: int(real.sum())]
         return out
 
     def fit(
@@ -101,8 +103,9 @@ class TorchCompute:
         p = self.program(program)
         if p.loss is None:
             raise TaskError(f"program {program!r} has no loss to train with")
+        p.check(weights)
         plan = schedule(key, next(iter(rows.values())).n, batch, epochs)
-        mapped = self._maps(p, weights, {k: r.values for k, r in rows.items()})
+        mapped = self._maps(p, weights, rows)
         fit = vmapped.fit if mapped else sequential.fit
         return fit(p, weights, rows, plan, lr=lr, optimiser=optimiser, seeds=key)
 
@@ -116,21 +119,16 @@ class TorchCompute:
         row_weights: Array | None = None,
     ) -> tuple[Array, Tree, Tree]:
         p, first = self.program(program), next(iter(rows.values()))
+        p.check(weights)
         real = first.mask()
         share = real.astype(np.float32) if row_weights is None else np.where(real, row_weights, 0)
-        # Padding may hold anything, NaN too, and 0 * NaN is NaN: put a real row (or zero) there.
-        columns = {k: _fill(r, real) for k, r in rows.items()}
-        cot = (
-            None
-            if cotangent is None
-            else {
-                k: np.where(_wide(real, r.values), r.values, 0).astype(r.values.dtype)
-                for k, r in cotangent.items()
-            }
-        )
-        way = vmapped if self._maps(p, weights, columns) else sequential
+        cot = None
+        if cotangent is not None:
+            wide = {k: _as_wide(r, real.shape[1]) for k, r in cotangent.items()}
+            cot = {k: np.where(_wide(real, v), v, np.zeros(1, v.dtype)) for k, v in wide.items()}
+        way = vmapped if self._maps(p, weights, rows) else sequential
         loss, d_weights, d_columns = way.backward(
-            p, weights, columns, cot, share.astype(np.float32)
+            p, weights, _filled(rows), cot, share.astype(np.float32)
         )
         return loss, Tree(d_weights), Tree({k: Rows(v, first.n) for k, v in d_columns.items()})
 
@@ -139,9 +137,29 @@ def _wide(mask: Array, like: Array) -> Array:
     return mask.reshape(mask.shape + (1,) * (like.ndim - 2))
 
 
-def _fill(rows: Rows, real: Array) -> Array:
-    head = np.where(_wide(real[:, :1], rows.values), rows.values[:, :1], 0)
-    return np.where(_wide(real, rows.values), rows.values, head).astype(rows.values.dtype)
+def _as_wide(rows: Rows, width: int) -> Array:
+    """The values [D, width, ...]: columns of the same rows may be padded to different widths."""
+    values = rows.values
+    if values.shape[1] < width:
+        values = np.pad(
+            values, [(0, 0), (0, width - values.shape[1])] + [(0, 0)] * (values.ndim - 2)
+        )
+    return values[:, :width]
+
+
+def _filled(rows: Mapping[str, Rows]) -> dict[str, Array]:
+    """Columns as wide as the first, with each device's first row (or zero) as the padding.
+
+    It may have held anything, and 0 * NaN is NaN, and a token out of range an error."""
+    real = next(iter(rows.values())).mask()
+    columns = {k: _as_wide(r, real.shape[1]) for k, r in rows.items()}
+    if real.all():
+        return columns
+    out = {}
+    for k, v in columns.items():
+        head = np.where(_wide(real[:, :1], v), v[:, :1], np.zeros(1, v.dtype))
+        out[k] = np.where(_wide(real, v), v, head)
+    return out
 
 
 def _convolves(module: nn.Module) -> bool:
@@ -150,39 +168,45 @@ def _convolves(module: nn.Module) -> bool:
 
 
 def _unmappable(program: Program) -> str:
-    names = dict(program.module.named_parameters())
-    for name, buffer in program.module.named_buffers():
-        if name not in names and buffer.is_floating_point() and "running" in name:
-            return "batch statistics change in training"
+    """Batches are padded to be stacked, which a module that mixes their rows would see."""
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in program.module.modules()):
+        return "batch statistics change in training"
     return ""
 
 
-def _probe(program: Program, weights: Tree, columns: Mapping[str, Array]) -> str:
-    """Try two devices and one row each; what vmap says when it cannot is the reason."""
-    few = {
-        k: _fill(Rows(v[:2, :1], np.array([1, 1])), np.ones((2, 1), bool))
-        for k, v in columns.items()
+def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows]) -> str:
+    """Try two devices, with two rows and with one; what vmap says when it cannot is the reason."""
+    heads = {
+        k: v[:, :1]
+        for k, v in _filled({k: Rows(r.values[:2], r.n[:2]) for k, r in rows.items()}).items()
     }
+    few = {k: np.concatenate([v, v[::-1]], axis=1) for k, v in heads.items()}
     two = Tree(
         {
             k: np.ascontiguousarray(np.broadcast_to(a[:1], (2, *a.shape[1:])))
             for k, a in weights.items()
         }
     )
-    few = {k: np.nan_to_num(v) if v.dtype.kind == "f" else v for k, v in few.items()}
     try:
         if program.loss is None:
             a, b = vmapped.predict(program, two, few), sequential.predict(program, two, few)
         else:
-            rows = {k: Rows(v, np.array([1, 1])) for k, v in few.items()}
-            key = np.zeros(2, np.uint64)
-            plan = schedule(key, np.array([1, 1]), 1, 1)
+            n, key = np.array([2, 1]), np.zeros(2, np.uint64)
+            plan = schedule(key, n, 2, 1)
             one, other = (
-                way.fit(program, two, rows, plan, lr=0.1, optimiser="sgd", seeds=key).parameters
+                way.fit(
+                    program,
+                    two,
+                    {k: Rows(v, n) for k, v in few.items()},
+                    plan,
+                    lr=0.1,
+                    optimiser="sgd",
+                    seeds=key,
+                ).parameters
                 for way in (vmapped, sequential)
             )
             a, b = dict(one), dict(other)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as problem:
+    except (RuntimeError, ValueError, NotImplementedError, TypeError, IndexError) as problem:
         lines = str(problem).strip().splitlines()
         return f"vmap cannot map it ({lines[0][:80] if lines else type(problem).__name__})"
     if not all(np.allclose(a[k], b[k], rtol=1e-3, atol=1e-5, equal_nan=True) for k in a):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kitestring.core import Tree
+from kitestring.core import Array, Tree
+from kitestring.errors import TaskError
 
 Batch = Mapping[str, Tensor]
 
@@ -42,6 +43,19 @@ class Program:
         """Names that gradients change; frozen weights and statistics are carried along."""
         return frozenset(name for name, p in self.module.named_parameters() if p.requires_grad)
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of the floating-point weights and statistics."""
+        state = self.module.state_dict()
+        return frozenset(name for name, v in state.items() if v.is_floating_point())
+
+    def check(self, weights: Tree) -> None:
+        """All must be given: what is left out would be another device's, computed before."""
+        if weights.keys() != self.names:
+            odd = sorted(weights.keys() ^ self.names)
+            what = "does not take" if odd[0] in weights else "is not given"
+            raise TaskError(f"program {self.name!r} {what} the weight {odd[0]!r}")
+
     def initial(self) -> Tree:
         """Floating-point weights and statistics, without a device axis."""
         state = self.module.state_dict()
@@ -61,6 +75,12 @@ class Program:
                 self.evaluating(row)
             self._flops[key] = float(counter.get_total_flops())
         return self._flops[key]
+
+
+def tensor(array: Array) -> Tensor:
+    """Without a copy, except of what is not laid out plainly or may not be written to."""
+    plain = array.flags.c_contiguous and array.flags.writeable
+    return torch.from_numpy(array if plain else np.array(array))
 
 
 def _torch(array: np.ndarray) -> torch.dtype:

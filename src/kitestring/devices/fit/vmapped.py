@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from kitestring.core import Array, Fit, Rows, Tree
-from kitestring.devices.fit.programs import Program
+from kitestring.devices.fit.programs import Program, tensor
 from kitestring.devices.fit.schedule import Schedule
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
-    return {k: torch.from_numpy(np.ascontiguousarray(a)) for k, a in arrays.items()}
+    return {k: tensor(a) for k, a in arrays.items()}
 
 
 def fit(
@@ -106,7 +106,7 @@ def backward(
     ) -> Tensor:
         fixed, other, cot, share = rest[0], rest[1], rest[2], rest[3]["w"]
         batch = {**other, **f}
-        out = functional_call(program.training, {**w, **fixed}, (batch,))
+        out = functional_call(program.evaluating, {**w, **fixed}, (batch,))
         if cotangent is not None:
             return torch.stack([(out[k] * c).sum() for k, c in cot.items()]).sum()
         assert program.loss is not None
