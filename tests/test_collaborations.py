@@ -1,8 +1,9 @@
 """Every collaboration, on tiny tasks: the same on every engine, and what each of them promises.
 
-Float error: results that differ only in how they are computed (stacked or one by one, chunk by chunk) are held
-to TOLERANCE of a leaf's largest value. Values and products are float32 (24 bits, 6e-8); after the dozens of
-steps here the largest difference measured was 7e-7 (x86-64, 2 threads and 1).
+Float error: results that differ only in how they are computed (stacked or one by one, chunk by
+chunk) are held to TOLERANCE of a leaf's largest value. Numbers are float32 (24 bits, 6e-8); after the
+up to 16 steps here the largest difference measured on x86-64 was 7e-6, in FedAvg's changes (small
+differences of weights, so that digits cancel), and 2e-6 in states and private states.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from kitestring.methods import METHODS
 from kitestring.tasks.population import DeviceUsers, pool_rows
 from kitestring.tasks.users import Users
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 CASES = [
     pytest.param(kind, name, id=f"{kind}-{name}")
     for kind in tiny.KINDS
@@ -109,10 +110,15 @@ def test_in_another_process_as_here(kind: str, name: str, pipe: Pipe) -> None:
         assert strict.hands.crossed[label] == billed, label  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("lost", [0.0, 0.3])
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_device_does_not_see_its_neighbours(kind: str, name: str, lost: float) -> None:
-    a, b = (tiny.engine(kind, chunk, lost=lost, hands=Watched) for chunk in (1, 8))
+def test_a_device_does_not_see_its_neighbours(kind: str, name: str) -> None:
+    a, b = (tiny.engine(kind, chunk, hands=Watched) for chunk in (1, 8))
+    assert_same(a, b, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nor_whose_reply_was_lost(name: str) -> None:
+    a, b = (tiny.engine(chunk=chunk, lost=0.3, hands=Watched) for chunk in (1, 8))
     assert_same(a, b, name)
 
 
@@ -122,10 +128,10 @@ def test_one_by_one_as_side_by_side(kind: str, name: str) -> None:
     assert_same(a, b, name)
 
 
-@pytest.mark.parametrize("chunk", [1, 8])
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_padding_may_hold_anything(kind: str, name: str, chunk: int) -> None:
-    a, b = (tiny.engine(kind, chunk, padded=padded, hands=Watched) for padded in (True, False))
+def test_padding_may_hold_anything(kind: str, name: str) -> None:
+    """NaN, and tokens that do not exist."""
+    a, b = (tiny.engine(kind, 8, padded=padded, hands=Watched) for padded in (True, False))
     assert_same(a, b, name)
 
 
@@ -147,7 +153,7 @@ class Mortal(InProcess):
 @pytest.mark.parametrize("after", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_and_resumed_as_uninterrupted(name: str, after: int, tmp_path: Path) -> None:
-    """Killed with `after` replies under way (two chunks a round) or, where there are none, states done."""
+    """Killed in the `after`-th chunk of replies, two a round, or after as many states."""
     whole = tiny.engine(lost=0.2)
     wanted = tiny.learn(tiny.collaboration(name), whole)
     path = tmp_path / "run.sqlite"
@@ -249,7 +255,7 @@ def test_fedavg_weighs_devices_by_their_rows() -> None:
 
 
 def test_one_step_of_splitnn_is_one_of_the_unsplit_model() -> None:
-    """Full batches, so that nothing is drawn; the gradients are autograd's of front and server in one."""
+    """Full batches, so that nothing is drawn; autograd through front and server in one."""
     rows, lr = [4, 7, 3], 0.1
     engine, population = small_world(rows)
     state = tiny.learn(SplitNN(steps=1, batch=7, lr=lr), engine)
@@ -332,10 +338,8 @@ def test_coda_trains_on_its_own_rows_and_the_pools_and_nothing_else() -> None:
     def known(columns: dict[str, Any], n: int) -> set[bytes]:
         return {columns["x"][i].tobytes() + columns["y"][i].tobytes() for i in range(n)}
 
-    mine = [known(own(population, d), 99) if 0 else set() for d in range(tiny.DEVICES)]
-    for d in range(tiny.DEVICES):
-        rows = own(population, d)
-        mine[d] = known(rows, len(rows["y"]))
+    devices = [own(population, d) for d in range(tiny.DEVICES)]
+    mine = [known(rows, len(rows["y"])) for rows in devices]
     shared = known({k: r.values[0] for k, r in pool.items()}, int(pool["x"].n[0]))
     foreign = 0
     for rows in compute.rows:
@@ -347,7 +351,7 @@ def test_coda_trains_on_its_own_rows_and_the_pools_and_nothing_else() -> None:
 
 
 def test_coda_never_gets_worse_where_it_looks() -> None:
-    """The loss on the rows that a device holds back to choose by (every fourth, or all) cannot rise."""
+    """The loss on the rows that a device chooses by (every fourth, or all) cannot rise."""
     engine = tiny.engine()
     compute, population = tiny.compute(), tiny.population()
     before: list[float] | None = None

@@ -205,7 +205,7 @@ def test_shakespeare_sizes(data: Path) -> None:
     for splits in every(users):
         for split in ("validation", "test"):
             assert len(splits[split]["y"]) <= 100
-        assert len(splits["train"]["y"]) <= 72  # 60 % of 120 windows
+        assert len(splits["train"]["y"]) <= 36  # 60 % of 60 windows
         for columns in splits.values():
             assert np.array_equal(columns["x"][:, 1:], columns["y"][:, :-1])
 

@@ -44,7 +44,7 @@ from kitestring.results import (
     serving_from,
     to_json,
 )
-from kitestring.tasks.find import find
+from kitestring.tasks.find import find, first_users
 from kitestring.tasks.tables import task_from_csv
 from kitestring.tasks.task import Recorded, Task
 from kitestring.tasks.validate import fits, validate
@@ -86,7 +86,8 @@ class Order:
 
     def load(self) -> Task | Recorded:
         if self.csv is not None:
-            return task_from_csv(Path(self.csv), self.user, self.target)
+            task = task_from_csv(Path(self.csv), self.user, self.target)
+            return first_users(task, self.users) if self.users else task
         return find(self.task, self.users)
 
     @property

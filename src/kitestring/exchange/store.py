@@ -50,11 +50,16 @@ class Store:
         except sqlite3.Error as problem:
             raise self._trouble(problem) from None
 
+    def _find(self, sql: str, *values: Any) -> list[Any]:
+        try:
+            return [row[0] for row in self._db.execute(sql, values)]
+        except sqlite3.Error as problem:
+            raise self._trouble(problem) from None
+
     def get(self, shelf: str, device: int) -> Tree | None:
-        row = self._db.execute(
-            "SELECT tree FROM trees WHERE shelf = ? AND device = ?", (shelf, int(device))
-        ).fetchone()
-        return unpack_tree(row[0]) if row else None
+        sql = "SELECT tree FROM trees WHERE shelf = ? AND device = ?"
+        found = self._find(sql, shelf, int(device))
+        return unpack_tree(found[0]) if found else None
 
     def put(self, shelf: str, ids: Sequence[int], tree: Tree, which: Iterable[int]) -> None:
         """Keep the slices `which` of a stacked tree, slice d under ids[d]."""
@@ -62,17 +67,14 @@ class Store:
         self._do("INSERT OR REPLACE INTO trees VALUES (?, ?, ?)", rows)
 
     def ids(self, shelf: str) -> list[int]:
-        rows = self._db.execute(
-            "SELECT device FROM trees WHERE shelf = ? ORDER BY device", (shelf,)
-        )
-        return [row[0] for row in rows]
+        return self._find("SELECT device FROM trees WHERE shelf = ? ORDER BY device", shelf)
 
     def save(self, name: str, value: bytes) -> None:
         self._do("INSERT OR REPLACE INTO snapshot VALUES (?, ?)", [(name, value)])
 
     def load(self, name: str) -> bytes | None:
-        row = self._db.execute("SELECT value FROM snapshot WHERE name = ?", (name,)).fetchone()
-        return row[0] if row else None
+        found = self._find("SELECT value FROM snapshot WHERE name = ?", name)
+        return found[0] if found else None
 
     def commit(self) -> None:
         try:

@@ -43,7 +43,7 @@ def task(users: int | None = None) -> Task:
         small=_small,
         large=_large,
         metric=accuracy,
-        plan=Plan(lr=(0.03, 0.1, 0.3), cloud_epochs=30, cloud_lr=(0.001, 0.002, 0.004)),
+        plan=Plan(lr=(0.01, 0.03, 0.1), cloud_epochs=30, cloud_lr=(0.001, 0.002, 0.004)),
         about="Handwritten digits (UCI, bundled with scikit-learn), given to made-up writers who "
         "differ in handwriting and in which digits they write. Which digit is it?",
         request="one image",

@@ -58,6 +58,6 @@ def pool_rows(users: Users) -> dict[str, Rows] | None:
     """All rows of the pool users, [1, L, ...]; None without any."""
     if not users.pool:
         return None
-    parts = [users.load(i)[split] for i in users.pool for split in SPLITS]
+    parts = [rows[split] for rows in map(users.load, users.pool) for split in SPLITS]
     whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     return stack_rows([whole])

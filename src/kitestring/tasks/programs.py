@@ -203,7 +203,8 @@ def _made(task: Task, which: str) -> nn.Module:
     module = getattr(task, which)()
     if not isinstance(module, nn.Module):
         kind = type(module).__name__
-        raise TaskError(f"{which}() gave {kind}, not an nn.Module", f"task {task.name}")
+        where = f"task {task.name}"
+        raise TaskError(f"{which}() gave {kind}, not an nn.Module", where, "Return the model")
     return module
 
 

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
+
 from kitestring.errors import DataError, SettingError, unknown
 
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 """What stands for a missing value, in lower case."""
+MOST = float(np.finfo(np.float32).max)
+"""What is beyond would become infinite."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Cells are stripped text; row i is on line `lines[i]` of the file."""
+    """Cells are text of one line, stripped; row i is on line `lines[i]` of the file."""
 
     path: Path
     header: list[str]
@@ -53,7 +57,7 @@ def read_sheet(path: str | PathLike[str]) -> Sheet:
         widths = [len(head) for head in heads]
         delimiter = ",;\t"[widths.index(max(widths))]
         reader = csv.reader(io.StringIO(text, ""), delimiter=delimiter, strict=True)
-        header = [cell.strip() for cell in next(reader, [])]
+        header = [_line(cell) for cell in next(reader, [])]
         _check_header(path, header)
         rows, lines = [], []
         for cells in reader:
@@ -63,7 +67,7 @@ def read_sheet(path: str | PathLike[str]) -> Sheet:
                 what = f"{len(cells)} cells, the header has {len(header)}"
                 mend = f"Put a cell that holds {delimiter!r} in double quotes"
                 raise DataError(what, f"{path}:{reader.line_num}", mend)
-            rows.append([cell.strip() for cell in cells])
+            rows.append([_line(cell) for cell in cells])
             lines.append(reader.line_num)
     except csv.Error as problem:
         raise DataError(f"not a CSV file: {problem}", str(path), "Export it as CSV") from None
@@ -86,6 +90,10 @@ def _text(path: Path) -> str:
     if not text.strip():
         raise DataError("the file is empty", str(path), "Give a header and one line per row")
     return text
+
+
+def _line(cell: str) -> str:
+    return " ".join(cell.split())
 
 
 def _check_header(path: Path, header: list[str]) -> None:

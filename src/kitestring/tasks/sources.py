@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from kitestring.errors import DataError, SettingError
-from kitestring.tasks.sheet import Sheet, read_sheet
+from kitestring.tasks.sheet import MOST, Sheet, read_sheet
 from kitestring.tasks.task import Array
 from kitestring.tasks.users import Columns, Split, Users, deal, split_rows
 
@@ -262,7 +262,7 @@ def _numbers_of(
 
 def _cell(sheet: Sheet, row: int, place: int) -> float:
     value = sheet.number(sheet.rows[row][place])
-    if value is None or not abs(value) < np.finfo(np.float32).max:
+    if value is None or not abs(value) < MOST:
         cell = sheet.rows[row][place] or "empty"
         what = f"column {sheet.header[place]!r} is {cell}, not a number"
         mend = "Name the columns of numbers with columns=, or try task_from_csv"

@@ -28,7 +28,7 @@ import numpy as np
 
 from kitestring.errors import DataError, SettingError, unknown
 from kitestring.tasks.metrics import accuracy, auc, rmse
-from kitestring.tasks.sheet import MISSING, Sheet, read_sheet
+from kitestring.tasks.sheet import MISSING, MOST, Sheet, read_sheet
 from kitestring.tasks.task import Array, LossName, Metric, Plan, Task
 from kitestring.tasks.users import SPLITS, Columns, Split, Users, deal, split_rows
 
@@ -39,7 +39,6 @@ LEAST_ROWS, LEAST_USERS = 5, 4
 FEW = 20  # distinct whole numbers that a target of classes may have
 CODES = 10  # distinct whole numbers that a column of categories may have
 VALUES = 32  # of a text column; the rarer ones share a column
-_MOST = float(np.finfo(np.float32).max)
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([ T].*)?")
 _Parts = Sequence[Mapping[Split, Array]]  # user -> split -> rows of the table
 
@@ -142,10 +141,10 @@ def _target(
         loss = "binary" if len(distinct) == 2 else "cross_entropy" if few else "squared"
     if loss == "squared":
         if numbers is None:
-            raise DataError("text, not numbers", where, "squared needs numbers: leave --loss out")
+            raise DataError("text, not numbers", where, "squared needs numbers: leave loss out")
         return _regression(name, where, np.array(numbers), trained, known)
     if loss == "binary" and len(distinct) != 2:
-        mend = "binary needs two: leave --loss out"
+        mend = "binary needs two: leave loss out"
         raise DataError(f"{len(distinct)} distinct values", where, mend)
     if len(distinct) > max(FEW, len(cells) // 10):
         kind = "values" if numbers is not None else "texts"
@@ -159,7 +158,7 @@ def _target_numbers(sheet: Sheet, cells: Sequence[str], name: str) -> list[float
     numbers, text = [], []
     for i, cell in enumerate(cells):
         value = sheet.number(cell)
-        if not cell or (value is not None and not abs(value) < _MOST):
+        if not cell or (value is not None and not abs(value) < MOST):
             what = f"column {name!r} is {cell or 'empty'}"
             raise DataError(what, sheet.at(i), "Leave the row out, or fill its target in")
         if value is None:
@@ -192,8 +191,7 @@ def _classes(
     if loss == "binary":
         note = f"Target {name} is binary: 1 is {said[1]}, 0 is {said[0]}."
         return Target(loss, y, 0, accuracy, (auc,), note)
-    listed = ", ".join(said[:FEW]) + (", ..." if len(said) > FEW else "")
-    note = f"Target {name} is one of {len(said)} classes: {listed}.{never}"
+    note = f"Target {name} is one of {len(said)} classes: {_listed(said)}.{never}"
     return Target(loss, y, len(said), accuracy, (), note)
 
 
@@ -245,17 +243,22 @@ def _inputs(
         what = "no column that can be used to predict"
         raise DataError(what, str(sheet.path), "Give columns of numbers or of categories")
     left = {kind: names for kind, names in kinds.items() if kind in _LEFT_OUT}
-    notes = [f"Left out: {', '.join(names)} ({_LEFT_OUT[kind]})." for kind, names in left.items()]
+    notes = [f"Left out: {_listed(names)} ({_LEFT_OUT[kind]})." for kind, names in left.items()]
     if "category" in kinds:
-        notes.append(f"Taken as categories: {', '.join(kinds['category'])}.")
+        notes.append(f"Taken as categories: {_listed(kinds['category'])}.")
     if "number" in kinds:
-        notes.append(f"Taken as numbers: {', '.join(kinds['number'])}.")
+        notes.append(f"Taken as numbers: {_listed(kinds['number'])}.")
     if known is None:
         notes.append(
             "Without a pool, each user's numbers are standardised by the user's own training rows"
             + (", and the categories count as known beforehand." if "category" in kinds else ".")
         )
     return np.stack(made, axis=1), tuple(notes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
 
 
 _Kind = Literal["number", "category", "date", "text", "constant"]
@@ -279,7 +282,7 @@ def _input(
     if all(_DATE.fullmatch(cell) for cell in distinct):
         return "date", []
     found = {cell: sheet.number(cell) for cell in distinct}
-    numbers = {cell: v for cell, v in found.items() if v is not None and abs(v) < _MOST}
+    numbers = {cell: v for cell, v in found.items() if v is not None and abs(v) < MOST}
     if len(numbers) > 0.9 * len(distinct):  # the odd text among numbers counts as missing
         codes = 2 < len(distinct) <= CODES and all(v == round(v) for v in numbers.values())
         if not codes:

@@ -48,9 +48,9 @@ def fits(task: Task | Recorded, made: Mapping[str, Program], profile: Profile) -
     adam = task.plan.optimiser == "adam"
     need = weights * (4 if adam else 2)
     if need > profile.memory:
+        parts = "weights, gradients and Adam's averages" if adam else "weights and gradients"
         raise TaskError(
-            f"the small model needs {units.size(need)} of weights and gradients"
-            f"{' and for Adam' if adam else ''} ({4 if adam else 2} times "
+            f"the small model needs {units.size(need)} of {parts} ({need // weights} times "
             f"{units.size(weights)}), profile {profile.name} has {units.size(profile.memory)}",
             f"task {task.name}",
             "Make the small model smaller, or choose a profile with more memory",
@@ -294,7 +294,7 @@ def _check_loss(task: Task, out: Tensor, y: Tensor) -> None:
         what = f"the loss fails on outputs {_shape(out)} and y {_shape(y)}: {_line(problem)}"
         raise TaskError(what, where, "It takes (outputs, y) and returns one loss per row") from None
     if not isinstance(each, Tensor) or each.shape != (len(y),) or not each.is_floating_point():
-        got = _shape(each) if isinstance(each, Tensor) else type(each).__name__
+        got = f"{_shape(each)} {each.dtype}" if isinstance(each, Tensor) else type(each).__name__
         mend = 'Return one loss per row, [n]: reduction="none", then a mean over all but rows'
         raise TaskError(f"the loss gives {got} for {len(y)} rows", where, mend)
 

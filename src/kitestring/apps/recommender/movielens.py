@@ -58,10 +58,11 @@ def task(users: int | None = None) -> Task:
         plan=Plan(
             local_epochs=10,
             rounds=5,
+            batch=4,
             optimiser="adam",
             lr=(0.001, 0.003, 0.01),
-            cloud_epochs=40,
-            cloud_lr=(0.001, 0.002, 0.004),
+            cloud_epochs=16,
+            cloud_lr=(0.002, 0.004, 0.008),
         ),
         about="MovieLens-100K, each of its 943 people a device. Which of the 1,682 films does a "
         "person rate next? Ranked among all films, leave one out.",

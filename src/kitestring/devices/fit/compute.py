@@ -16,7 +16,8 @@ from kitestring.devices.fit.schedule import schedule
 from kitestring.errors import TaskError, unknown
 
 How = Literal["auto", "sequential", "vmap"]
-_SLICE = 2048  # rows of one model predicted at a time
+_HEAVY = 1e6  # operations a row from which grouped convolutions lose to single ones (measured)
+_SLICE = 512  # rows of one model predicted at a time
 
 
 class TorchCompute:
@@ -24,7 +25,7 @@ class TorchCompute:
 
     def __init__(self, programs: Mapping[str, Program], how: How = "auto") -> None:
         self.programs, self.how = programs, how
-        self._chosen: dict[str, tuple[bool, str]] = {}
+        self._chosen: dict[tuple[str, bool], tuple[bool, str]] = {}
 
     def program(self, name: str) -> Program:
         if name not in self.programs:
@@ -41,17 +42,22 @@ class TorchCompute:
 
     def explain(self, program: str) -> str:
         """How a program is computed for several devices, and why: "vmap", "sequential: ..."."""
-        return self._chosen.get(program, (False, "sequential: one device at a time"))[1]
+        chosen = (self._chosen.get((program, trains)) for trains in (True, False))
+        return next((c for c in chosen if c), (False, "sequential: one device at a time"))[1]
 
-    def _maps(self, program: Program, weights: Tree, rows: Mapping[str, Rows]) -> bool:
+    def _maps(
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bool = False
+    ) -> bool:
         if self.how == "sequential" or len(next(iter(rows.values())).n) == 1:
             return False
-        if program.name not in self._chosen:
-            why = _unmappable(program) or _probe(program, weights, rows)
+        if (program.name, trains) not in self._chosen:
+            why = _unmappable(program, trains) or _probe(program, weights, rows, trains)
             if not why and self.how == "auto" and _convolves(program.module):
-                why = "convolutions are faster one device at a time"
-            self._chosen[program.name] = (not why, f"sequential: {why}" if why else "vmap")
-        return self._chosen[program.name][0]
+                if program.flops({k: r.values for k, r in rows.items()}) > _HEAVY:
+                    why = "convolutions of this size are faster one device at a time"
+            chosen = (not why, f"sequential: {why}" if why else "vmap")
+            self._chosen[program.name, trains] = chosen
+        return self._chosen[program.name, trains][0]
 
     def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
         p, first = self.program(program), next(iter(inputs.values()))
@@ -105,7 +111,7 @@ class TorchCompute:
             raise TaskError(f"program {program!r} has no loss to train with")
         p.check(weights)
         plan = schedule(key, next(iter(rows.values())).n, batch, epochs)
-        mapped = self._maps(p, weights, rows)
+        mapped = self._maps(p, weights, rows, trains=True)
         fit = vmapped.fit if mapped else sequential.fit
         return fit(p, weights, rows, plan, lr=lr, optimiser=optimiser, seeds=key)
 
@@ -167,20 +173,21 @@ def _convolves(module: nn.Module) -> bool:
     return any(isinstance(m, kinds) for m in module.modules())
 
 
-def _unmappable(program: Program) -> str:
+def _unmappable(program: Program, trains: bool) -> str:
     """Batches are padded to be stacked, which a module that mixes their rows would see."""
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in program.module.modules()):
+    kinds = nn.modules.batchnorm._BatchNorm
+    if trains and any(isinstance(m, kinds) for m in program.module.modules()):
         return "batch statistics change in training"
     return ""
 
 
-def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows]) -> str:
-    """Try two devices, with two rows and with one; what vmap says when it cannot is the reason."""
+def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bool) -> str:
+    """Try two devices of three and two rows; what vmap says when it cannot is the reason."""
     heads = {
         k: v[:, :1]
         for k, v in _filled({k: Rows(r.values[:2], r.n[:2]) for k, r in rows.items()}).items()
     }
-    few = {k: np.concatenate([v, v[::-1]], axis=1) for k, v in heads.items()}
+    few = {k: np.concatenate([v, v[::-1], v], axis=1) for k, v in heads.items()}
     two = Tree(
         {
             k: np.ascontiguousarray(np.broadcast_to(a[:1], (2, *a.shape[1:])))
@@ -188,11 +195,11 @@ def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows]) -> str:
         }
     )
     try:
-        if program.loss is None:
+        if not trains:
             a, b = vmapped.predict(program, two, few), sequential.predict(program, two, few)
         else:
-            n, key = np.array([2, 1]), np.zeros(2, np.uint64)
-            plan = schedule(key, n, 2, 1)
+            n, key = np.array([3, 2]), np.zeros(2, np.uint64)
+            plan = schedule(key, n, 3, 1)
             one, other = (
                 way.fit(
                     program,

@@ -74,7 +74,8 @@ def fit(
                 now[name].addcdiv_(m, root, value=-lr / (1 - _BETAS[0] ** (t + 1)))
     back = np.argsort(order)
     done = {k: train[k].numpy()[back] if k in train else weights[k] for k in weights}
-    return Fit(Tree(done), losses.numpy()[back] / np.maximum(1, plan.steps), plan.steps)
+    mean = losses.numpy()[back] / np.maximum(1, plan.steps).astype(np.float32)
+    return Fit(Tree(done), mean, plan.steps)
 
 
 def predict(program: Program, weights: Tree, inputs: Mapping[str, Array]) -> dict[str, Array]:
