@@ -446,8 +446,14 @@ def _assemble(
         version=__version__,
         machine=_machine(),
         rows=[_row(m, task, names, shared, board, bench) for m in shown(order.only)],
-        notes=[*task.notes, *notes],
+        notes=[*task.notes, *notes, *([_RECORDED] if isinstance(task, Recorded) else [])],
     )
+
+
+_RECORDED = (
+    "Answers are recorded: a request's bytes are those of its number and answer, not of its "
+    "content, and neither time nor energy includes computing an answer."
+)
 
 
 def _in_words(b: Budget, task: Task | Recorded) -> str:

@@ -33,7 +33,7 @@ def table(comparison: Comparison, verdict: Verdict, prices: Prices) -> Renderabl
         _left(rows, verdict),
         Text(LEGEND, style="dim"),
     ]
-    parts += [_line(line) for line in footnotes(comparison, scores)]
+    parts += [_line(line) for line in [*footnotes(comparison, scores), *comparison.notes]]
     parts.append(Text(""))
     parts.append(Text(verdict.headline, style="bold"))
     for heading, said in (("Why", verdict.reasons), ("What would change it", verdict.changes)):

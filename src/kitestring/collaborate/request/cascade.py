@@ -106,7 +106,9 @@ def quantile(counts: Array, share: float) -> Array:
     """[D] confidence below which a `share` of the counted requests [D, bins] lie."""
     total = counts.sum(-1, keepdims=True)
     below = np.concatenate([np.zeros_like(total), np.cumsum(counts, -1)], -1)
-    target = share * total
+    # The k-th smallest of n draws has k / (n + 1) of the others below it: with a few rows to
+    # calibrate on, share * n would overspend.
+    target = np.clip(share * (total + 1) - 0.5, 0, total)
     bin_ = np.clip((below[:, 1:] < target).sum(-1), 0, counts.shape[-1] - 1)[:, None]
     inside = (target - np.take_along_axis(below, bin_, -1)) / np.maximum(
         np.take_along_axis(counts, bin_, -1), 1e-9
