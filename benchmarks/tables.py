@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py [digits qmnist ...]   -> benchmarks/results/TASK.txt
 
-Each file is what `kitestring compare TASK` prints, the command on top, and the time it took below.
+Each file is what `kitestring compare TASK` prints, the command on top, and the time it took below;
+the whole run is kept in runs/TASK.
 With KITESTRING_DATA set, data is read from there.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,15 +23,15 @@ def main() -> None:
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
     for task in sys.argv[1:] or TASKS:
         command = ["kitestring", "compare", task]
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.monotonic()
-            found = subprocess.run(
-                [sys.executable, "-m", "kitestring.cli", *command[1:], "--out", folder],
-                env={**os.environ, "COLUMNS": "100"},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
+        started = time.monotonic()
+        found = subprocess.run(
+            [sys.executable, "-m", "kitestring.cli", *command[1:], "--fresh"],
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "100"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         seconds = time.monotonic() - started
         table = found.stdout.split("\nReport:")[0].rstrip()
         text = (

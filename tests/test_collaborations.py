@@ -1,9 +1,9 @@
 """Every collaboration, on tiny tasks: the same on every engine, and what each of them promises.
 
 Float error: results that differ only in how they are computed (stacked or one by one, chunk by
-chunk) are held to TOLERANCE of a leaf's largest value. Numbers are float32 (24 bits, 6e-8); after the
-up to 16 steps here the largest difference measured on x86-64 was 7e-6, in FedAvg's changes (small
-differences of weights, so that digits cancel), and 2e-6 in states and private states.
+chunk) are held to TOLERANCE of a leaf's largest value. Numbers are float32 (24 bits, 6e-8); after
+the up to 16 steps here the largest difference measured on x86-64 was 7e-6, in FedAvg's changes
+(small differences of weights, so that digits cancel), and 2e-6 in states and private states.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from kitestring.collaborate.baselines.device_only import DeviceOnly
 from kitestring.collaborate.baselines.pooled import Pooled
 from kitestring.collaborate.data.coda import CoDA
@@ -188,6 +188,23 @@ def test_lost_replies_are_survived(name: str) -> None:
         assert all(np.isfinite(a).all() for a in found)
 
 
+@pytest.mark.parametrize(("pool", "split"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind != "recorded"])
+def test_tasks_that_have_less(kind: str, pool: bool, split: bool) -> None:
+    """Without a pool, or without a small model that can be split, the others run."""
+    who = tiny.users(kind, pool)
+    compute = TorchCompute(tiny.programs(kind, 0, pool, split))
+    names = [name for name in METHODS if tiny.fits(name, kind, pool, split)]
+    assert {"device_only", "fedavg", "pooled"} <= set(names)
+    for name in names:
+        setting = Setting(DeviceUsers(who), PROFILES["phone"], 4, pool=pool_rows(who))
+        engine = LocalEngine(setting, compute)
+        collaboration = tiny.collaboration(name)
+        found = tiny.answers(collaboration, tiny.learn(collaboration, engine), engine)
+        assert len(found) == tiny.DEVICES
+        assert all(np.isfinite(a).all() for a in found)
+
+
 # --- what each of them promises
 
 
@@ -217,9 +234,7 @@ def step(program: str, weights: Tree, rows: dict[str, Any], lr: float) -> Tree:
     loss = p.loss(module(batch), batch).mean()
     names = dict(module.named_parameters())
     slopes = torch.autograd.grad(loss, list(names.values()))
-    return Tree(
-        {k: weights[k] - lr * g.numpy() for k, g in zip(names, slopes, strict=True)}
-    )
+    return Tree({k: weights[k] - lr * g.numpy() for k, g in zip(names, slopes, strict=True)})
 
 
 def own(population: Any, device: int) -> dict[str, Any]:
@@ -242,7 +257,9 @@ def test_fedavg_of_devices_of_one_size_is_their_plain_mean() -> None:
         rows = own(population, d)
         ends.append(step("small", step("small", start, rows, 0.1), rows, 0.1))
     mean = Tree({k: np.mean([e[k] for e in ends], axis=0, dtype=np.float64) for k in start})
-    assert tiny.apart(state.weights, Tree({k: v.astype(np.float32) for k, v in mean.items()})) < 1e-6
+    assert (
+        tiny.apart(state.weights, Tree({k: v.astype(np.float32) for k, v in mean.items()})) < 1e-6
+    )
 
 
 def test_fedavg_weighs_devices_by_their_rows() -> None:
@@ -402,21 +419,24 @@ def test_a_cascade_at_its_ends(share: float, other: Any, personal: float) -> Non
 @pytest.mark.parametrize("personal", [0.0, 1.0])
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
 def test_a_cascade_sends_what_its_budget_says(share: float, personal: float) -> None:
-    """On the rows that it was calibrated on, within one request for each device."""
+    """On the rows that it was calibrated on, within one request for each device.
+
+    In all, and not device by device: requests as sure as one another (in one bin of 256) are told
+    apart by dice, so that of several in a bin any number may go."""
     engine, state, collaboration = cascade(share, personal)
     sent, total = 0, 0
     for visit in engine.visits(collaboration.serve(), state, "train"):
         decision = visit.decide()
         n = decision.answer["answer"].n
         sent, total = sent + int(decision.send.sum()), total + int(n.sum())
-        if personal:
-            assert (abs(decision.send.sum(1) - share * n) <= 1).all()
     assert abs(sent - share * total) <= tiny.DEVICES
 
 
 def test_the_kth_answer_goes_to_the_kth_request_that_was_sent() -> None:
     """Two devices, four and two requests; the first sends its 2nd and 4th, the second its 1st."""
-    own = Rows(np.array([[[1.0], [2.0], [3.0], [4.0]], [[5.0], [6.0], [0.0], [0.0]]]), np.array([4, 2]))
+    own = Rows(
+        np.array([[[1.0], [2.0], [3.0], [4.0]], [[5.0], [6.0], [0.0], [0.0]]]), np.array([4, 2])
+    )
     send = np.array([[False, True, False, True], [True, False, False, False]])
     back = Rows(np.array([[[20.0], [40.0]], [[50.0], [np.nan]]]), np.array([2, 1]))
     merged = Escalate().merge(

@@ -1,8 +1,8 @@
-"""The three primitives: the plain loop is the reference, and every way to compute gives its numbers.
+"""The three primitives: the plain loop is the reference, and every way to compute is the same.
 
-Float error: one after the other is bit for bit the plain loop. Stacked (vmap) sums in another order:
-float32, at most 12 steps here, measured at most 3e-6 of a leaf's largest value under SGD and 3e-5
-under Adam, which divides by the gradient's own size and so keeps its relative error.
+Float error: one after the other is bit for bit the plain loop. Stacked (vmap) sums in another
+order: float32, at most 10 steps here, measured at most 1e-6 of a leaf's largest value, under SGD
+and Adam. Adam is held to less: it divides by the gradient's own size, and keeps its relative error.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tiny
 from kitestring import dice
 from kitestring.core import Rows, Tree
 from kitestring.devices.fit.compute import TorchCompute
@@ -26,7 +26,7 @@ from kitestring.devices.fit.schedule import schedule
 from kitestring.errors import SettingError, TaskError
 from kitestring.tasks.programs import cross_entropy
 
-SGD, ADAM = 1e-5, 3e-4
+SGD, ADAM = 1e-5, 1e-4
 TOLERANCE = {"sgd": SGD, "adam": ADAM}
 
 
@@ -139,7 +139,7 @@ def test_one_after_the_other_is_the_plain_loop(kind: str, optimiser: str) -> Non
             step.step()
             losses.append(value.item())
         for k, a in module.state_dict().items():
-            assert np.allclose(fit.parameters[k][d], a.numpy(), rtol=0, atol=1e-7)
+            assert np.array_equal(fit.parameters[k][d], a.numpy())
         assert fit.steps[d] == len(losses)
         assert fit.loss[d] == pytest.approx(np.mean(losses) if losses else 0, rel=1e-5)
 
@@ -173,11 +173,12 @@ def both(made: Program) -> tuple[TorchCompute, TorchCompute]:
 @settings(max_examples=40)
 @given(
     st.sampled_from(sorted(MODULES)), SIZES, st.sampled_from(["sgd", "adam"]),
-    st.integers(1, 4), st.integers(1, 2), st.integers(0, 99), st.integers(2, 7),
+    st.integers(1, 4), st.integers(1, 2), st.integers(0, 99), st.integers(4, 7),
 )  # fmt: skip
 def test_stacked_as_one_after_the_other(
     kind: str, n: list[int], optimiser: str, batch: int, epochs: int, seed: int, width: int
 ) -> None:
+    """From width 4: the norm of 2 numbers is 1 and -1, with a gradient that is noise to Adam."""
     made, weights, rows = devices(kind, n, seed, width)
     one, other = both(made)
     a, b = (
@@ -208,8 +209,10 @@ def test_predict_and_backward_too(kind: str, n: list[int], seed: int, cut: bool)
     draw = np.random.default_rng(seed)
     if cut:
         slope = tiny.stacked({"out": [draw.normal(0, 1, (m, 3)).astype(np.float32) for m in n]})
-        wider = {"x": tiny.Padded(None_population())._wider(rows["x"])}
-        found = [c.backward("p", weights, r, cotangent=slope) for c in (one, other) for r in (x, wider)]
+        wider = {"x": tiny.Padded(Nobody())._wider(rows["x"])}
+        found = [
+            c.backward("p", weights, r, cotangent=slope) for c in (one, other) for r in (x, wider)
+        ]
     else:
         share = draw.random(rows["x"].values.shape[:2]).astype(np.float32)
         found = [c.backward("p", weights, rows, row_weights=share) for c in (one, other)]
@@ -221,7 +224,7 @@ def test_predict_and_backward_too(kind: str, n: list[int], seed: int, cut: bool)
     assert set(first[2]) == ({"x"} if kind in FLOATING else set())
 
 
-class None_population:  # noqa: N801 - of no users
+class Nobody:
     size = 0
 
 
@@ -319,6 +322,20 @@ def test_what_cannot_be_stacked_is_not_and_says_why(middle: Any, why: str, how: 
         own, mine = device(whole.parameters, d), device(rows, d)
         assert tiny.apart(device(found, d), compute.predict("p", own, {"x": mine["x"]})) < SGD
         assert tiny.apart(device(slopes[1], d), compute.backward("p", own, mine)[1]) < SGD
+
+
+def test_a_batch_of_one_row_is_normed_by_what_was_seen_before() -> None:
+    """It has no variance of its own, and torch refuses it: two rows, then one, or one alone."""
+    inner = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    made = program(inner)
+    _, _, rows = devices("mlp", [3, 1])
+    weights = Tree({k: np.repeat(a[None], 2, 0) for k, a in made.initial().items()})
+    compute = TorchCompute({"p": made})
+    fit = compute.fit("p", weights, rows, lr=0.1, epochs=1, batch=2, key=keys(2))
+    assert all(np.isfinite(a).all() for a in fit.parameters.values())
+    mean = fit.parameters["inner.1.running_mean"]
+    assert (mean[0] != 0).any()
+    assert (mean[1] == 0).all()
 
 
 def test_convolutions_are_left_one_by_one_unless_told_otherwise() -> None:

@@ -40,7 +40,7 @@ def test_picking_and_renaming() -> None:
     tree = Tree({"front.w": 1, "front.b": 2, "back.w": 3})
     assert tree.pick("front.") == {"front.w": 1, "front.b": 2}
     assert tree.pick("front.b", "back.") == {"front.b": 2, "back.w": 3}
-    assert tree.pick("front.").strip("front.") == {"w": 1, "b": 2}
+    assert tree.pick("front.").below("front.") == {"w": 1, "b": 2}
     assert Tree(w=1).inside("front.") == {"front.w": 1}
 
 
@@ -84,7 +84,9 @@ def test_keep(m: Model, extra: int, dice: Any) -> None:
     made = rows(m, extra)
     chosen = np.array([[dice.random() < 0.5 for _ in d] for d in made.values[..., 0]])
     kept = made.keep(chosen)
-    assert model(kept) == [[v for v, c in zip(r, chosen[d], strict=False) if c] for d, r in enumerate(m)]
+    assert model(kept) == [
+        [v for v, c in zip(r, chosen[d], strict=False) if c] for d, r in enumerate(m)
+    ]
     assert kept.values.shape[1] == max(1, kept.n.max())
     assert np.isfinite(kept.values[kept.mask()]).all()
 

@@ -1,7 +1,8 @@
 """Tiny tasks for the tests: made-up rows, a second or less for each collaboration.
 
-Every kind that a task can be: classes, binary, values, sequences of which the last position is asked, recorded
-answers; with and without a pool, with and without a small model that can be split. The same on every machine.
+Every kind that a task can be: classes, binary, values, sequences of which the last position is
+asked, recorded answers; with and without a pool, with and without a small model that can be split.
+The same on every machine.
 """
 
 from __future__ import annotations
@@ -186,7 +187,9 @@ def stacked(columns: Mapping[str, list[Any]]) -> dict[str, Rows]:
         first = np.asarray(arrays[0])
         n = np.array([len(a) for a in arrays])
         rubbish = np.nan if first.dtype.kind == "f" else -(10**6)
-        values = np.full((len(arrays), max(1, int(n.max())), *first.shape[1:]), rubbish, first.dtype)
+        values = np.full(
+            (len(arrays), max(1, int(n.max())), *first.shape[1:]), rubbish, first.dtype
+        )
         for d, a in enumerate(arrays):
             values[d, : n[d]] = a
         out[name] = Rows(values, n)
@@ -223,8 +226,8 @@ def compute(kind: str = "classes", how: Any = "auto") -> TorchCompute:
 
 
 def engine(
-    kind: str = "classes", chunk: int = 4, how: Any = "auto", lost: float = 0.0, padded: bool = False,
-    store: Store | None = None, hands: Any = None,
+    kind: str = "classes", chunk: int = 4, how: Any = "auto", lost: float = 0.0,
+    padded: bool = False, store: Store | None = None, hands: Any = None,
 ) -> LocalEngine:  # fmt: skip
     """`hands(compute, population, store)` makes other hands than those in the process."""
     who: Any = Padded(population(kind)) if padded else population(kind)
@@ -241,8 +244,8 @@ def engine(
 def learn(collaboration: Any, engine: Any, seed: int = 0) -> Any:
     """The last state."""
     state = None
-    for state in run(collaboration, engine, seed):
-        pass
+    for now in run(collaboration, engine, seed):
+        state = now
     return state
 
 
@@ -262,7 +265,7 @@ def private(engine: Any, device: int) -> Tree:
 
 
 def apart(a: Any, b: Any) -> float:
-    """How far two trees, messages, states or arrays are apart: over all leaves the largest difference,
+    """How far two trees, messages, states or arrays are apart: the largest difference of all leaves
     in units of the leaf's largest value; infinity where they have another form."""
     if isinstance(a, Message):
         a, b = ({(k, n): v for k, n, v in m.leaves()} for m in (a, b))

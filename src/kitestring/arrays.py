@@ -39,7 +39,7 @@ class Tree(dict[str, Any]):
     def inside(self, prefix: str) -> Tree:
         return Tree({prefix + name: a for name, a in self.items()})
 
-    def strip(self, prefix: str) -> Tree:
+    def below(self, prefix: str) -> Tree:
         return Tree({n.removeprefix(prefix): a for n, a in self.items() if n.startswith(prefix)})
 
 

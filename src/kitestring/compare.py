@@ -428,6 +428,10 @@ def _assemble(
         int(sum(p.numel() for p in bench.compute(0).program(which).module.parameters()))
         for which in ("small", "large")
     ]
+    rows = [_row(m, task, names, shared, board, bench) for m in shown(order.only)]
+    said = [*task.notes, *notes, *_one_by_one(rows)]
+    if isinstance(task, Recorded):
+        said.append(_RECORDED)
     return Comparison(
         task=task.name,
         about=task.about,
@@ -445,8 +449,8 @@ def _assemble(
         profile=asdict(bench.profile),
         version=__version__,
         machine=_machine(),
-        rows=[_row(m, task, names, shared, board, bench) for m in shown(order.only)],
-        notes=[*task.notes, *notes, *([_RECORDED] if isinstance(task, Recorded) else [])],
+        rows=rows,
+        notes=said,
     )
 
 
@@ -454,6 +458,13 @@ _RECORDED = (
     "Answers are recorded: a request's bytes are those of its number and answer, not of its "
     "content, and neither time nor energy includes computing an answer."
 )
+
+
+def _one_by_one(rows: list[Row]) -> list[str]:
+    """Say where devices could not be computed all at once, and why."""
+    why = {s.computed for row in rows for s in row.seeds if "sequential: " in s.computed}
+    reasons = sorted({part.split("sequential: ")[1] for how in why for part in how.split("; ")})
+    return [f"Devices were trained one after the other: {reason}." for reason in reasons]
 
 
 def _in_words(b: Budget, task: Task | Recorded) -> str:

@@ -192,6 +192,7 @@ def work(
         done = store.load(f"result.{job.split}")
         if done is not None:
             return dict(json.loads(done))
+        bench.compute(job.seed).used.clear()
         engine = _engine(bench, job, store)
         state = _learn(bench, engine, collaboration, job, progress)
         result = _measure(bench, engine, collaboration, state, job)
@@ -264,5 +265,5 @@ def _measure(
         "learning": asdict(_learning(engine.ledger, bench.population.size)),
         "curve": [[int(at), mean, low] for at, (mean, low) in curve.items()],
         "large_after": after,
-        "computed": bench.compute(job.seed).explain("small"),
+        "computed": bench.compute(job.seed).explain_all(),
     }

@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -111,10 +110,10 @@ class Pipe:
             self.close(kill=True)
             raise
         if "error" in answer:
-            kind = getattr(errors, answer["error"], BadReply)
-            known = isinstance(kind, type) and issubclass(kind, KitestringError)
-            prefix = "" if known else f"{answer['error']}: "
-            raise (kind if known else BadReply)(f"{prefix}{answer['text']}", where)
+            kind = getattr(errors, answer["error"], None)
+            if isinstance(kind, type) and issubclass(kind, KitestringError):
+                raise kind(answer["text"], where)
+            raise BadReply(f"{answer['error']}: {answer['text']}", where)
         return answer, back
 
     def _write(self, blob: bytes, until: float) -> None:
@@ -172,12 +171,7 @@ class Pipe:
     def __enter__(self) -> Pipe:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *problem: object) -> None:
         self.close()
 
 
@@ -306,12 +300,7 @@ class OtherProcess:
     def __enter__(self) -> OtherProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *problem: object) -> None:
         self.close()
 
 

@@ -20,13 +20,15 @@ import numpy as np
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import Split
-from kitestring.core import Array, Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Tree
+from kitestring.collaborate.steps import moments, step
+from kitestring.core import Array, Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Rows, Tree
 
 
 @dataclass(frozen=True)
 class State:
     step: int
     weights: Tree = field(default_factory=Tree)  # server.*, and the fronts' start front.*
+    memory: Tree = field(default_factory=Tree)  # the server's optimiser
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class SplitNN:
     steps: int = 100
     batch: int = 10
     lr: float = 0.1
+    optimiser: str = "sgd"
 
     crosses: ClassVar[Crossing] = {
         "start": Lane(down={"parameters": ("front.*",)}, up={"features": ("h",), "data": ("y",)}),
@@ -52,14 +55,21 @@ class SplitNN:
 
     @staticmethod
     def trials(budget: Budget) -> list[SplitNN]:
-        return [SplitNN(budget.steps, budget.batch, lr) for lr in budget.lrs]
+        return [SplitNN(budget.steps, budget.batch, lr, budget.optimiser) for lr in budget.lrs]
 
     def install(self, devices: Devices) -> Tree:
         none = np.zeros((len(devices.data["x"].n), self.batch), np.int64)
-        return Tree({**devices.initial("small").pick("front."), "batch": none, "size": none[:, 0]})
+        return self._private(devices.initial("small").pick("front."), none, none[:, 0])
+
+    def _private(self, front: Tree, at: Array, size: Array) -> Tree:
+        """A front that has not stepped yet, and the minibatch whose gradient it waits for."""
+        memory = moments(front, self.optimiser).inside("memory.")
+        count = np.zeros(len(size), np.int64)
+        return Tree({**front, **memory, "count": count, "batch": at, "size": size})
 
     def init(self, cloud: Cloud, seed: int) -> State:
-        return State(0, cloud.pretrained("joint").pick("front.", "server."))
+        weights = cloud.pretrained("joint").pick("front.", "server.")
+        return State(0, weights, moments(weights.pick("server."), self.optimiser))
 
     def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
         if state.step > self.steps:
@@ -76,21 +86,29 @@ class SplitNN:
         return [Ask("turn", waiting, each=each), Ask("start", new, all=front)]
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
-        front = message.parameters if verb == "start" else devices.private.pick("front.")
-        if verb != "start":
-            at: Array = devices.private["batch"]
-            last = {"x": devices.data["x"].take(at, devices.private["size"])}
-            _, slope, _ = devices.backward(
-                "front", front, last, cotangent={"h": message.features["gradient"]}
-            )
-            front = Tree({**front, **(front.pick(*slope) - slope * np.float32(self.lr))})
-        if verb == "end":
-            return Message(), Tree({**devices.private, **front})
-        at, size = draw(devices, self.batch)
+        if verb == "start":
+            at, size = draw(devices, self.batch)
+            private = self._private(message.parameters, at, size)
+        else:
+            private = self._stepped(message.features["gradient"], devices)
+            if verb == "end":
+                return Message(), private
+            at, size = draw(devices, self.batch)
+            private = Tree({**private, "batch": at, "size": size})
         x, y = (devices.data[k].take(at, size) for k in ("x", "y"))
-        h = devices.predict("front", front, {"x": x})["h"]
-        private = Tree({**front, "batch": at, "size": size})
+        h = devices.predict("front", private.pick("front."), {"x": x})["h"]
         return Message(features=Tree(h=h), data=Tree(y=y)), private
+
+    def _stepped(self, gradient: Rows, devices: Devices) -> Tree:
+        """The private state after the step that the last minibatch's gradient gives."""
+        old = devices.private
+        front, count = old.pick("front."), old["count"] + 1
+        last = {"x": devices.data["x"].take(old["batch"], old["size"])}
+        _, slope, _ = devices.backward("front", front, last, cotangent={"h": gradient})
+        front, memory = step(
+            front, slope, old.below("memory."), count, lr=self.lr, optimiser=self.optimiser
+        )
+        return Tree({**old, **front, **memory.inside("memory."), "count": count})
 
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
         server, total, count = state.weights.pick("server."), None, 0
@@ -106,11 +124,13 @@ class SplitNN:
             cloud.table.put(chunk.ids, Tree(gradient=back["h"]))
             total = slope if total is None else total + slope
             count += chunk.count
-        weights = state.weights
-        if total is not None:
-            step = total * np.float32(self.lr / count)
-            weights = Tree({**weights, **(weights.pick(*step) - step)})
-        return State(state.step + 1, weights)
+        if total is None:
+            return State(state.step + 1, state.weights, state.memory)
+        slope, now = total * np.float32(1 / count), np.array(state.step + 1)
+        server, memory = step(
+            server, slope, state.memory, now, lr=self.lr, optimiser=self.optimiser
+        )
+        return State(state.step + 1, Tree({**state.weights, **server}), memory)
 
     def serve(self) -> Split:
         return Split()

@@ -25,7 +25,8 @@ class TorchCompute:
 
     def __init__(self, programs: Mapping[str, Program], how: How = "auto") -> None:
         self.programs, self.how = programs, how
-        self._chosen: dict[tuple[str, bool], tuple[bool, str]] = {}
+        self.used: dict[str, str] = {}  # program -> how it was computed; callers may clear it
+        self._chosen: dict[tuple[str, bool], str] = {}
 
     def program(self, name: str) -> Program:
         if name not in self.programs:
@@ -41,23 +42,38 @@ class TorchCompute:
         return self.program(program).flops({k: r.values for k, r in columns.items()})
 
     def explain(self, program: str) -> str:
-        """How a program is computed for several devices, and why: "vmap", "sequential: ..."."""
-        chosen = (self._chosen.get((program, trains)) for trains in (True, False))
-        return next((c for c in chosen if c), (False, "sequential: one device at a time"))[1]
+        """How several devices were computed, and why: "vmap", "sequential: ...", or not at all."""
+        return self.used.get(program, "one model")
+
+    def explain_all(self) -> str:
+        """The same for all programs that were used: one word where all are mapped."""
+        slow = [f"{name} {how}" for name, how in sorted(self.used.items()) if how != "vmap"]
+        return "; ".join(slow) or ("vmap" if self.used else "one model")
 
     def _maps(
         self, program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bool = False
     ) -> bool:
-        if self.how == "sequential" or len(next(iter(rows.values())).n) == 1:
+        if len(next(iter(rows.values())).n) == 1:
             return False
-        if (program.name, trains) not in self._chosen:
-            why = _unmappable(program, trains) or _probe(program, weights, rows, trains)
-            if not why and self.how == "auto" and _convolves(program.module):
-                if program.flops({k: r.values for k, r in rows.items()}) > _HEAVY:
-                    why = "convolutions of this size are faster one device at a time"
-            chosen = (not why, f"sequential: {why}" if why else "vmap")
-            self._chosen[program.name, trains] = chosen
-        return self._chosen[program.name, trains][0]
+        key = (program.name, trains)
+        if key not in self._chosen:
+            why = self._why_not(program, weights, rows, trains)
+            self._chosen[key] = f"sequential: {why}" if why else "vmap"
+        if self.used.get(program.name, "vmap") == "vmap":
+            self.used[program.name] = self._chosen[key]
+        return self._chosen[key] == "vmap"
+
+    def _why_not(
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bool
+    ) -> str:
+        """What keeps devices from being computed all at once; nothing does if empty."""
+        if self.how == "sequential":
+            return "as asked"
+        why = _unmappable(program, trains) or _probe(program, weights, rows, trains)
+        if not why and self.how == "auto" and _convolves(program.module):
+            flops = program.flops({k: r.values for k, r in rows.items()})
+            why = "convolutions of this size are faster so" if flops > _HEAVY else ""
+        return why
 
     def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
         p, first = self.program(program), next(iter(inputs.values()))

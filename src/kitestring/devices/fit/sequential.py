@@ -35,6 +35,7 @@ def fit(
     """`seeds` [D] make a module's own randomness (dropout) a function of device and exchange."""
     assert program.loss is not None
     module = program.training
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     out = {name: np.array(stacked) for name, stacked in weights.items()}
     losses = np.zeros(len(plan.steps), np.float32)
     for d, steps in enumerate(plan.steps):
@@ -49,6 +50,8 @@ def fit(
         for t in range(int(steps)):
             index = torch.from_numpy(plan.index[d, t][plan.real[d, t]])
             batch = {k: v[index] for k, v in columns.items()}
+            for norm in norms:  # one row has no statistics: it takes those that there are
+                norm.train(len(index) > 1)
             step.zero_grad(set_to_none=True)
             loss = program.loss(module(batch), batch).mean()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,37 @@
+"""One optimiser step on trees, for collaborations that hold gradients instead of calling `fit`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kitestring.core import Array, Tree
+
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+def moments(weights: Tree, optimiser: str) -> Tree:
+    """What the optimiser remembers before its first step: nothing, or Adam's two moments."""
+    if optimiser == "sgd":
+        return Tree()
+    zero = Tree({name: np.zeros_like(a) for name, a in weights.items()})
+    return Tree({**zero.inside("first."), **zero.inside("second.")})
+
+
+def step(
+    weights: Tree, slope: Tree, memory: Tree, count: Array, *, lr: float, optimiser: str
+) -> tuple[Tree, Tree]:
+    """New weights and memory after step number `count` (from 1; a number, or [D]).
+
+    Weights without a slope stay. Adam is Kingma & Ba 2015, algorithm 1."""
+    moving = Tree({name: weights[name] for name in slope})
+    if optimiser == "sgd":
+        return Tree({**weights, **(moving - slope * np.float32(lr))}), memory
+    first = Tree({name: memory[f"first.{name}"] for name in slope})
+    second = Tree({name: memory[f"second.{name}"] for name in slope})
+    first = first * _BETAS[0] + slope * (1 - _BETAS[0])
+    second = second * _BETAS[1] + slope * slope * (1 - _BETAS[1])
+    grown = first * (1 / (1 - _BETAS[0] ** count))
+    spread = second * (1 / (1 - _BETAS[1] ** count))
+    move = Tree({name: lr * a / (np.sqrt(spread[name]) + _EPS) for name, a in grown.items()})
+    kept = Tree({**memory, **first.inside("first."), **second.inside("second.")})
+    return Tree({**weights, **(moving - move)}), kept
