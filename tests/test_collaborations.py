@@ -71,18 +71,20 @@ def pipe() -> Iterator[Pipe]:
         yield pipe
 
 
-def finish(name: str, engine: LocalEngine) -> tuple[Any, list[Any], list[Tree]]:
+def finish(
+    name: str, engine: LocalEngine, optimiser: str = "sgd"
+) -> tuple[Any, list[Any], list[Tree]]:
     """The last state, the answers to requests and the devices' private states."""
-    collaboration = tiny.collaboration(name)
+    collaboration = tiny.collaboration(name, optimiser)
     state = tiny.learn(collaboration, engine)
     engine.purpose = "serve"
     found = tiny.answers(collaboration, state, engine)
     return state, found, [tiny.private(engine, i) for i in range(tiny.DEVICES)]
 
 
-def assert_same(a: LocalEngine, b: LocalEngine, name: str) -> None:
+def assert_same(a: LocalEngine, b: LocalEngine, name: str, optimiser: str = "sgd") -> None:
     """From learning to answers, and the bytes of every leaf."""
-    one, other = finish(name, a), finish(name, b)
+    one, other = finish(name, a, optimiser), finish(name, b, optimiser)
     for x, y in zip(one, other, strict=True):
         parts = zip(x, y, strict=True) if isinstance(x, list) else [(x, y)]
         for p, q in parts:
@@ -114,6 +116,12 @@ def test_in_another_process_as_here(kind: str, name: str, pipe: Pipe) -> None:
 def test_a_device_does_not_see_its_neighbours(kind: str, name: str) -> None:
     a, b = (tiny.engine(kind, chunk, hands=Watched) for chunk in (1, 8))
     assert_same(a, b, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_adam_too(name: str) -> None:
+    a, b = (tiny.engine(chunk=chunk, lost=0.2, hands=Watched) for chunk in (1, 8))
+    assert_same(a, b, name, "adam")
 
 
 @pytest.mark.parametrize("name", NAMES)

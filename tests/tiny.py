@@ -211,9 +211,9 @@ def fits(name: str, kind: str, pool: bool = True, split: bool = True) -> bool:
     return set(METHODS[name].about.needs) <= has(kind, pool, split)
 
 
-def collaboration(name: str) -> Any:
+def collaboration(name: str, optimiser: str = "sgd") -> Any:
     """The only trial that the tiny budget gives a method."""
-    return METHODS[name].trials(BUDGET)[0]
+    return METHODS[name].trials(replace(BUDGET, optimiser=optimiser))[0]
 
 
 def population(kind: str = "classes") -> DeviceUsers:

@@ -121,8 +121,9 @@ def _quoted(word: str) -> str:
 
 def _compare(given: argparse.Namespace, command: str) -> None:
     _need_extra()
-    from kitestring.compare import Order, compare
+    from kitestring.compare import compare
     from kitestring.decide import parse_limits
+    from kitestring.order import Order
     from kitestring.prices import load as load_prices
 
     # What can be wrong with limits and prices is told now, not after the work.

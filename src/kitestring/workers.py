@@ -1,0 +1,124 @@
+"""Worker processes that take a comparison's jobs: one thread each, and none outlives the parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import threading
+import time
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+from kitestring.board import Board
+from kitestring.collaborate.about import Budget
+from kitestring.devices.fit.compute import thread_per_process
+from kitestring.devices.profiles import profile
+from kitestring.errors import KitestringError, NoReplies, RunError, TaskError
+from kitestring.jobs import Bench, Job, work
+from kitestring.methods import METHODS
+from kitestring.order import Order
+
+
+class Listener(Protocol):
+    """Who is told how far the work is."""
+
+    def total(self, jobs: int) -> None: ...
+    def said(self, job: str, what: str, share: float) -> None:
+        """`share` of a job that is done; below 0: the job is finished."""
+
+
+def work_off(
+    board: Board, order: Order, shared: Budget, workers: int, listener: Listener | None
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    heard: Any = context.Queue()
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=_prepare, initargs=(order, heard, os.getpid(), shared)
+    )
+    running: dict[Future[dict[str, Any]], Job] = {}
+    if listener:
+        listener.total(board.total())
+    try:
+        while True:
+            for job in board.ready():
+                running[pool.submit(_do, job)] = job
+            if not running:
+                return
+            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            _pass_on(heard, listener)
+            for future in finished:
+                job = running.pop(future)
+                board.done(job, future.result())
+                if listener:
+                    listener.said(job.path.stem, job.label, -1.0)
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process died, perhaps for want of memory", str(board.folder.parent),
+            "Go on with --resume, with fewer --workers",
+        ) from None  # fmt: skip
+    finally:
+        for future in running:
+            future.cancel()
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+        heard.close()
+
+
+def _pass_on(heard: Any, listener: Listener | None) -> None:
+    while True:
+        try:
+            news = heard.get_nowait()
+        except queue.Empty:
+            return
+        if listener:
+            listener.said(*news)
+
+
+# In a worker
+
+_bench: Bench
+_budget: Budget
+_heard: Any
+
+
+def _prepare(order: Order, heard: Any, parent: int, shared: Any) -> None:
+    global _bench, _budget, _heard
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    thread_per_process()
+    _bench = Bench(order.load(), profile(order.profile), order.compute, order.lost)
+    _budget, _heard = shared, heard
+
+
+def _leave_with(parent: int) -> None:
+    """A worker whose parent was killed must not go on alone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _do(job: Job) -> dict[str, Any]:
+    collaboration = METHODS[job.method].trials(_budget)[job.trial]
+    last = 0.0
+
+    def progress(done: float) -> None:
+        nonlocal last
+        if done == 1 or time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            _heard.put((job.path.stem, job.label, done))
+
+    try:
+        return work(_bench, job, collaboration, progress)
+    except NoReplies as nobody:
+        return {"failed": str(nobody)}
+    except KitestringError:
+        raise
+    except Exception as problem:
+        log = job.path.parent.parent / "errors.log"
+        with log.open("a") as file:
+            file.write(f"{job.label}\n{traceback.format_exc()}\n")
+        line = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+        raise TaskError(f"{type(problem).__name__}: {line}", job.label, f"See {log}") from None
