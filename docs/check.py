@@ -224,9 +224,9 @@ def generate_help() -> str | None:
 
 def generate_collaborations() -> str | None:
     sys.path.insert(0, str(PACKAGE.parent))
-    if importlib.util.find_spec("kitestring.methods") is None:
+    if importlib.util.find_spec("kitestring.comparison.methods") is None:
         return None
-    from kitestring.methods import table
+    from kitestring.comparison.methods import table
 
     return f"\n{table().strip()}\n\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kitestring.results import Comparison, Learning, Row, SeedResult, Serving, Traffic
+from kitestring.comparison.results import Comparison, Learning, Row, SeedResult, Serving, Traffic
 
 PROFILE: dict[str, Any] = {
     "name": "synthetic phone",

@@ -25,6 +25,7 @@ from kitestring.collaborate.features.splitnn import SplitNN
 from kitestring.collaborate.parameters.fedavg import FedAvg
 from kitestring.collaborate.request.cascade import Cascade, Escalate
 from kitestring.collaborate.services import InCloud, OnDevice
+from kitestring.comparison.methods import METHODS
 from kitestring.core import Decision, Message, Rows, Tree, run, serve
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.profiles import PROFILES
@@ -32,7 +33,6 @@ from kitestring.engines.local import InProcess, LocalEngine, Setting
 from kitestring.engines.strict import OtherProcess, Pipe
 from kitestring.exchange import wire
 from kitestring.exchange.store import Store
-from kitestring.methods import METHODS
 from kitestring.tasks.population import DeviceUsers, pool_rows
 from kitestring.tasks.users import Users
 

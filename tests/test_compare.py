@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from kitestring.collaborate.about import Budget
-from kitestring.compare import load
-from kitestring.methods import METHODS, shown
-from kitestring.order import Order, missing
+from kitestring.comparison.compare import load
+from kitestring.comparison.methods import METHODS, shown
+from kitestring.comparison.order import Order, missing
 
 HERE = Path(__file__).parent
 TINY = f"{HERE / 'tiny.py'}:task"
@@ -152,7 +152,7 @@ def test_a_finished_run_resumes_to_itself(done: tuple[Path, str]) -> None:
         (["compare", "--lost", "1"], "--lost"),
         (["compare", "--csv", "no-such-file.csv", "--user", "a", "--target", "b"], "no-such-file"),
         (["compare", "--user", "a"], "--csv"),
-        (["compare", "no.such.module:task"], "no.such.module"),
+        (["compare", "no.such.module:task"], "no module 'no'"),
         (["compare", f"{HERE / 'tiny.py'}:nothing"], "nothing"),
         (["compare", TINY, "--profile", "microcontroller", "--users", "1"], "--users 1"),
         (["report", "no-such-folder"], "no finished comparison"),
@@ -201,10 +201,11 @@ def test_a_fault_in_a_users_module_is_one_line_too(tmp_path: Path) -> None:
         f"sys.path.insert(0, {str(HERE)!r})\n"
         "from dataclasses import replace\n"
         "import tiny, torch\n"
-        "def bad(out, y):\n"
-        "    if torch.is_grad_enabled(): raise KeyError('my mistake')\n"
-        "    return out.sum(-1)\n"
-        "task = replace(tiny.task(), loss=bad)\n"
+        "class Moody(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        if self.training: raise KeyError('my mistake')\n"
+        "        return super().forward(x)\n"
+        "task = replace(tiny.task(), large=lambda: Moody(8, 3))\n"
     )
     said = refused(kitestring("compare", f"{tmp_path / 'mine.py'}:task", "--out", tmp_path / "o"))
     assert "KeyError" in said

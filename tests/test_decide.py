@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitestring import prices
-from kitestring.decide import decide
+from kitestring.comparison.results import Comparison, Row
 from kitestring.errors import SettingError
-from kitestring.limits import Limits, parse_limits
-from kitestring.prices import Prices
-from kitestring.results import Comparison, Row
+from kitestring.report import prices
+from kitestring.report.decide import decide
+from kitestring.report.limits import Limits, parse_limits
+from kitestring.report.prices import Prices
 from synthetic import comparison, seed_result, traffic
 
 PRICES = prices.load()

@@ -15,9 +15,9 @@ import pytest
 import tiny
 from kitestring.collaborate.baselines.device_only import DeviceOnly
 from kitestring.collaborate.parameters.fedavg import FedAvg
+from kitestring.comparison.jobs import Bench, Job, work
 from kitestring.devices.profiles import profile
 from kitestring.errors import DataError, SettingError, TaskError
-from kitestring.jobs import Bench, Job, work
 from kitestring.tasks.find import BUILT_IN, find, first_users
 from kitestring.tasks.task import Recorded, Task
 from kitestring.tasks.validate import validate

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitestring import prices
+from kitestring.comparison.results import SeedResult
 from kitestring.errors import SettingError
-from kitestring.prices import Prices
-from kitestring.results import SeedResult
+from kitestring.report import prices
+from kitestring.report.prices import Prices
 from synthetic import comparison, seed_result, traffic
 
 BY_HAND = Prices(
@@ -28,7 +28,7 @@ BY_HAND = Prices(
 
 
 def packaged() -> str:
-    return resources.files("kitestring").joinpath("prices.toml").read_text(encoding="utf-8")
+    return resources.files("kitestring.report").joinpath("prices.toml").read_text(encoding="utf-8")
 
 
 def by_hand() -> SeedResult:

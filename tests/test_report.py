@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kitestring import prices, report, report_plots, show, units
-from kitestring.decide import decide
+from kitestring import units
+from kitestring.comparison.results import Comparison
 from kitestring.errors import RunError
-from kitestring.limits import parse_limits
-from kitestring.results import Comparison
+from kitestring.report import page, plots, prices, terminal
+from kitestring.report.decide import decide
+from kitestring.report.limits import parse_limits
 from synthetic import ROWS, comparison
 
 PRICES = prices.load()
@@ -65,7 +66,7 @@ def outline(html: str) -> Outline:
 
 
 def made(c: Comparison, limits: str = "1MB/day, 100ms") -> str:
-    return report.page(c, decide(c, parse_limits(limits), PRICES), PRICES, "kitestring compare")
+    return page.page(c, decide(c, parse_limits(limits), PRICES), PRICES, "kitestring compare")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_many_leaves_are_folded() -> None:
 def test_written_whole(tmp_path: Path) -> None:
     c = comparison(users=6)
     path = tmp_path / "r.html"
-    report.write(c, decide(c, parse_limits(""), PRICES), PRICES, path)
+    page.write(c, decide(c, parse_limits(""), PRICES), PRICES, path)
     assert path.read_text(encoding="utf-8").endswith("</html>\n")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -163,7 +164,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RunError, match="No space left on device") as error:
-        report.write_plot(comparison(users=6), PRICES, path)
+        page.write_plot(comparison(users=6), PRICES, path)
     assert str(path) in str(error.value)
     assert error.value.mend
     assert path.read_text() == "old"
@@ -175,27 +176,27 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunError):
-        report.write_plot(comparison(users=6), PRICES, tmp_path / where)
+        page.write_plot(comparison(users=6), PRICES, tmp_path / where)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_the_plot_alone_has_its_own_colours(tmp_path: Path) -> None:
-    report.write_plot(comparison(users=6), PRICES, tmp_path / "p.svg")
+    page.write_plot(comparison(users=6), PRICES, tmp_path / "p.svg")
     text = (tmp_path / "p.svg").read_text(encoding="utf-8")
     ElementTree.fromstring(text)
     assert "var(" not in text
-    assert report_plots.PALETTE[0] in text
+    assert plots.PALETTE[0] in text
     assert "FedGKT" in text  # text, not outlines
 
 
 def test_pareto_by_hand() -> None:
     points = [(5.0, 0.7), (1.0, 0.5), (3.0, 0.6), (3.0, 0.65), (9.0, 0.7), (2.0, 0.4)]
-    assert report_plots.pareto(points) == [1, 3, 0]
+    assert plots.pareto(points) == [1, 3, 0]
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e9), st.floats(-1, 1)), max_size=20))
 def test_nothing_beats_the_front(points: list[tuple[float, float]]) -> None:
-    front = report_plots.pareto(points)
+    front = plots.pareto(points)
     for i in front:
         assert not any(x <= points[i][0] and y > points[i][1] for x, y in points)
     for j, (x, y) in enumerate(points):
@@ -208,7 +209,7 @@ def test_the_table_fits(width: int, higher: bool) -> None:
     c = comparison(missing=("coda",), higher_is_better=higher)
     console = Console(record=True, width=width, file=io.StringIO())
     verdict = decide(c, parse_limits("1MB/day, no data up"), PRICES)
-    console.print(show.table(c, verdict, PRICES))
+    console.print(terminal.table(c, verdict, PRICES))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text

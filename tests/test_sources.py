@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kitestring.collaborate.parameters.fedavg import FedAvg
+from kitestring.comparison.jobs import Bench, Job, work
 from kitestring.devices.profiles import profile
 from kitestring.errors import DataError, SettingError
-from kitestring.jobs import Bench, Job, work
 from kitestring.tasks.metrics import hit_at_10, ndcg_at_10, perplexity
 from kitestring.tasks.sources import (
     users_from_arrays,

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitestring import results, summary
-from kitestring.results import Comparison, Row
+from kitestring.comparison import results
+from kitestring.comparison.results import Comparison, Row
+from kitestring.report import summary
 from synthetic import comparison, seed_result
 
 SCORES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60)

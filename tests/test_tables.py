@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from kitestring.collaborate.parameters.fedavg import FedAvg
+from kitestring.comparison.jobs import Bench, Job, work
 from kitestring.devices.profiles import profile
 from kitestring.errors import DataError, SettingError
-from kitestring.jobs import Bench, Job, work
 from kitestring.tasks.tables import task_from_csv
 from kitestring.tasks.task import Task
 from kitestring.tasks.users import SPLITS

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from kitestring.collaborate.about import Budget
+from kitestring.comparison.methods import METHODS
 from kitestring.core import Message, Rows, Tree, run, serve
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.fit.programs import Program
 from kitestring.devices.profiles import PROFILES
 from kitestring.engines.local import LocalEngine, Setting
 from kitestring.exchange.store import Store
-from kitestring.methods import METHODS
 from kitestring.tasks.metrics import accuracy
 from kitestring.tasks.population import DeviceUsers, pool_rows
 from kitestring.tasks.programs import programs as task_programs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from kitestring import __version__
 from kitestring.errors import KitestringError, SettingError
 
 if TYPE_CHECKING:
-    from kitestring.results import Comparison
+    from kitestring.comparison.results import Comparison
 
 _EXTRA = "pip install 'kitestring[compare]'"
 
@@ -121,10 +122,10 @@ def _quoted(word: str) -> str:
 
 def _compare(given: argparse.Namespace, command: str) -> None:
     _need_extra()
-    from kitestring.compare import compare
-    from kitestring.decide import parse_limits
-    from kitestring.order import Order
-    from kitestring.prices import load as load_prices
+    from kitestring.comparison.compare import compare
+    from kitestring.comparison.order import Order
+    from kitestring.report.decide import parse_limits
+    from kitestring.report.prices import load as load_prices
 
     # What can be wrong with limits and prices is told now, not after the work.
     parse_limits(given.limit)
@@ -147,7 +148,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
     if given.resume and given.fresh:
         raise SettingError("--resume and --fresh exclude each other")
     folder = given.out or Path("runs") / order.title
-    from kitestring.progress import Progress
+    from kitestring.comparison.progress import Progress
 
     with Progress() as progress:
         comparison = compare(
@@ -171,7 +172,7 @@ def _table(given: argparse.Namespace) -> str | None:
 
 def _report(given: argparse.Namespace, command: str) -> None:
     _need_extra()
-    from kitestring.compare import load
+    from kitestring.comparison.compare import load
 
     _judge(load(given.run), given.run, given, command)
 
@@ -179,16 +180,16 @@ def _report(given: argparse.Namespace, command: str) -> None:
 def _judge(comparison: Comparison, folder: Path, given: argparse.Namespace, command: str) -> None:
     from rich.console import Console
 
-    from kitestring import report, show
-    from kitestring.decide import decide, parse_limits
-    from kitestring.prices import load as load_prices
+    from kitestring.report import page, terminal
+    from kitestring.report.decide import decide, parse_limits
+    from kitestring.report.prices import load as load_prices
 
     prices = load_prices(given.prices)
     verdict = decide(comparison, parse_limits(given.limit), prices)
     console = Console()
-    console.print(show.table(comparison, verdict, prices))
+    console.print(terminal.table(comparison, verdict, prices))
     path = folder / "report.html"
-    report.write(comparison, verdict, prices, path, command=command)
+    page.write(comparison, verdict, prices, path, command=command)
     console.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
 
 
@@ -201,12 +202,10 @@ def _tasks(given: Any, command: str) -> None:
 
 def _need_extra() -> None:
     for module in ("torch", "rich", "matplotlib", "sklearn"):
-        try:
-            __import__(module)
-        except ImportError:
+        if importlib.util.find_spec(module) is None:
             raise SettingError(
                 f"comparing needs {module}, which is not installed", mend=f"Run: {_EXTRA}"
-            ) from None
+            )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from kitestring.cloud.session import CloudSession
 from kitestring.core import KINDS, Array, Ask, Chunk, Decision, Message, Rows, Tree, Void
 from kitestring.devices.profiles import Profile, joules
 from kitestring.devices.session import DeviceSession, Primitives, broadcast
-from kitestring.errors import NoReplies, TaskError
+from kitestring.errors import NoReplies, ProtocolError, TaskError
 from kitestring.exchange.ledger import Ledger, check
 from kitestring.exchange.store import Store, Table, load_state, save_state
 from kitestring.exchange.wire import stack_trees
@@ -222,6 +222,9 @@ class LocalEngine:
         )
 
     def exchange(self, asks: Sequence[Ask]) -> Iterator[Chunk]:
+        asked = np.concatenate([np.asarray(ask.to, np.int64) for ask in asks] or [[]])
+        if len(np.unique(asked)) < len(asked):
+            raise ProtocolError("a device is asked twice in one exchange", self.name)
         self.cloud.serial += 1
         self.ledger.add(self.purpose, rounds=1)
         replies, slowest = 0, 0.0

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from kitestring import __version__
-from kitestring.board import Board
 from kitestring.collaborate.about import Budget
-from kitestring.jobs import Bench
-from kitestring.methods import POOL_TRAINED, Method, shown
-from kitestring.order import Order, missing
-from kitestring.results import Comparison, Row, SeedResult, learning_from, serving_from
+from kitestring.comparison.board import Board
+from kitestring.comparison.jobs import Bench
+from kitestring.comparison.methods import POOL_TRAINED, Method, shown
+from kitestring.comparison.order import Order, missing
+from kitestring.comparison.results import Comparison, Row, SeedResult, learning_from, serving_from
 from kitestring.tasks.task import Recorded, Task
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from kitestring.comparison.results import Row, SeedResult, Traffic
 from kitestring.errors import SettingError, unknown
-from kitestring.results import Row, SeedResult, Traffic
 
 MONTH = 30  # days
 
@@ -79,7 +79,9 @@ class Daily:
 
 def load(path: Path | None = None) -> Prices:
     """The packaged prices, or those of the file at `path`, which must hold every figure."""
-    packaged = resources.files("kitestring").joinpath("prices.toml").read_text(encoding="utf-8")
+    packaged = (
+        resources.files("kitestring.report").joinpath("prices.toml").read_text(encoding="utf-8")
+    )
     default = _checked(tomllib.loads(packaged), "prices.toml")
     if path is None:
         return Prices(**default[0], sources=default[1])

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kitestring import show, units
+from kitestring import units
+from kitestring.comparison.results import Comparison, Row, Traffic
 from kitestring.core import KINDS
-from kitestring.decide import Verdict
 from kitestring.errors import RunError
-from kitestring.prices import FIGURES, MONTH, Prices, mean_daily, mean_traffic
-from kitestring.report_html import bullets, cell, facts, plain, settings
-from kitestring.report_plots import bytes_plot, rounds_plot, users_plot
-from kitestring.results import Comparison, Row, Traffic
-from kitestring.summary import cloud_calls, cloud_flops, latency, measured, quality
+from kitestring.report import terminal
+from kitestring.report.decide import Verdict
+from kitestring.report.html import bullets, cell, facts, plain, settings
+from kitestring.report.plots import bytes_plot, rounds_plot, users_plot
+from kitestring.report.prices import FIGURES, MONTH, Prices, mean_daily, mean_traffic
+from kitestring.report.summary import cloud_calls, cloud_flops, latency, measured, quality
 
 SHOWN_LEAVES = 8
 SIMULATED = '<span class="tag">simulated</span>'
@@ -45,7 +46,7 @@ def write_plot(comparison: Comparison, prices: Prices, path: Path) -> None:
 
 def page(comparison: Comparison, verdict: Verdict, prices: Prices, command: str = "") -> str:
     """The report as HTML."""
-    css = resources.files("kitestring").joinpath("report.css").read_text(encoding="utf-8")
+    css = resources.files("kitestring.report").joinpath("page.css").read_text(encoding="utf-8")
     task = escape(comparison.task)
     parts = [
         f"<h1>Kitestring: {task}</h1>",
@@ -128,7 +129,7 @@ def _tables(comparison: Comparison, verdict: Verdict, prices: Prices) -> str:
     others = sorted({name for row in rows for seed in row.seeds for name in seed.others})
     served = [
         [
-            cell(show.spread(scores[row.name], shared)),
+            cell(terminal.spread(scores[row.name], shared)),
             cell(units.score(scores[row.name].p10, shared)),
             cell(units.score(scores[row.name].worst10, shared)),
             cell(units.share(scores[row.name].better_off)),
@@ -196,7 +197,7 @@ def _tables(comparison: Comparison, verdict: Verdict, prices: Prices) -> str:
         "replies lost",
         "replies refused",
     ]
-    lines = show.footnotes(comparison, scores)
+    lines = terminal.footnotes(comparison, scores)
     return (
         '<h2>The figures</h2>\n<p class="muted">Upright figures were measured on held-out rows or '
         'read off the ledger. <span class="modelled">~ Slanted ones</span> were simulated with the '

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kitestring import units
-from kitestring.decide import Verdict
-from kitestring.prices import Daily, Prices, mean_daily, mean_traffic
-from kitestring.results import Comparison, Row, Traffic
-from kitestring.summary import Quality, cloud_calls, cloud_flops, latency, measured, quality
+from kitestring.comparison.results import Comparison, Row, Traffic
+from kitestring.report.decide import Verdict
+from kitestring.report.prices import Daily, Prices, mean_daily, mean_traffic
+from kitestring.report.summary import Quality, cloud_calls, cloud_flops, latency, measured, quality
 
 LEGEND = "* recommended   x left out by a limit   ~ simulated or modelled"
 

@@ -22,9 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kitestring import units
-from kitestring.prices import Prices, mean_daily
-from kitestring.results import Comparison, Row
-from kitestring.summary import REFERENCE, find, measured, p10, per_user, quality
+from kitestring.comparison.results import Comparison, Row
+from kitestring.report.prices import Prices, mean_daily
+from kitestring.report.summary import REFERENCE, find, measured, p10, per_user, quality
 
 WIDTH = 4.3  # inches: on a phone the text comes out at about its nominal size
 FONT = 10.0  # points

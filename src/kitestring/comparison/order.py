@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from kitestring.collaborate.about import NEEDS, About, Budget
+from kitestring.comparison.jobs import Bench
+from kitestring.comparison.methods import shown
 from kitestring.devices.fit.compute import How
 from kitestring.devices.profiles import profile
 from kitestring.errors import SettingError
-from kitestring.jobs import Bench
-from kitestring.methods import shown
 from kitestring.tasks.find import find, first_users
 from kitestring.tasks.tables import task_from_csv
 from kitestring.tasks.task import Recorded, Task

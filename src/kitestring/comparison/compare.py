@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from kitestring.assemble import assemble, cores
-from kitestring.board import Board
+from kitestring.comparison.assemble import assemble, cores
+from kitestring.comparison.board import Board
+from kitestring.comparison.jobs import Bench
+from kitestring.comparison.methods import METHODS, POOL_TRAINED, Method, shown
+from kitestring.comparison.order import Order, budget, missing
+from kitestring.comparison.results import Comparison, from_json, to_json
+from kitestring.comparison.workers import Listener, work_off
 from kitestring.devices.profiles import profile
 from kitestring.errors import RunError
-from kitestring.jobs import Bench
-from kitestring.methods import METHODS, POOL_TRAINED, Method, shown
-from kitestring.order import Order, budget, missing
-from kitestring.results import Comparison, from_json, to_json
 from kitestring.tasks.task import Recorded, Task
 from kitestring.tasks.validate import fits, validate
-from kitestring.workers import Listener, work_off
 
 
 def compare(

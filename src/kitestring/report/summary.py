@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kitestring.results import Comparison, Row, SeedResult
+from kitestring.comparison.results import Comparison, Row, SeedResult
 
 REFERENCE = "device_only"
 

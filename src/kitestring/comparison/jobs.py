@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kitestring.collaborate.baselines.pool_trained import State
+from kitestring.comparison.results import Learning, Serving, Traffic
 from kitestring.core import Rows, Tree, run, serve
 from kitestring.devices.fit.compute import How, TorchCompute
 from kitestring.devices.fit.programs import size_in_bytes
@@ -25,7 +26,6 @@ from kitestring.engines.local import LocalEngine, Setting
 from kitestring.errors import TaskError
 from kitestring.exchange.ledger import Ledger
 from kitestring.exchange.store import Store, load_state
-from kitestring.results import Learning, Serving, Traffic
 from kitestring.tasks.population import DeviceUsers, pool_rows
 from kitestring.tasks.programs import programs, recorded_programs
 from kitestring.tasks.task import Recorded, Task

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kitestring.jobs import Job
-from kitestring.methods import POOL_TRAINED, Method
+from kitestring.comparison.jobs import Job
+from kitestring.comparison.methods import POOL_TRAINED, Method
 
 
 @dataclass

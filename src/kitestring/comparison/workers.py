@@ -12,14 +12,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
-from kitestring.board import Board
 from kitestring.collaborate.about import Budget
+from kitestring.comparison.board import Board
+from kitestring.comparison.jobs import Bench, Job, work
+from kitestring.comparison.methods import METHODS
+from kitestring.comparison.order import Order
 from kitestring.devices.fit.compute import thread_per_process
 from kitestring.devices.profiles import profile
 from kitestring.errors import KitestringError, NoReplies, RunError, TaskError
-from kitestring.jobs import Bench, Job, work
-from kitestring.methods import METHODS
-from kitestring.order import Order
 
 
 class Listener(Protocol):

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kitestring import units
-from kitestring.limits import Limit, Limits, says
-from kitestring.limits import parse_limits as parse_limits
-from kitestring.prices import Daily, Prices, mean_daily
-from kitestring.results import Comparison, Row
-from kitestring.summary import Lead, Quality, cloud_calls, latency, lead, measured
-from kitestring.summary import quality as summarise
+from kitestring.comparison.results import Comparison, Row
+from kitestring.report.limits import Limit, Limits, says
+from kitestring.report.limits import parse_limits as parse_limits
+from kitestring.report.prices import Daily, Prices, mean_daily
+from kitestring.report.summary import Lead, Quality, cloud_calls, latency, lead, measured
+from kitestring.report.summary import quality as summarise
 
 
 @dataclass(frozen=True)
