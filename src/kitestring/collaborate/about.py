@@ -10,7 +10,7 @@ NEEDS: dict[Need, str] = {
     "pool": "a pool: users whose rows the cloud has",
     "models": "models that train: this task brings recorded answers",
     "split": "differentiable features: a small model with children `front` and `back`",
-    "confidence": "a confidence: an answer that says how sure it is (classes, a binary logit)",
+    "confidence": "a confidence: classes, a binary logit, or a task that gives its own",
 }
 
 

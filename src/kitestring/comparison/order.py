@@ -14,6 +14,7 @@ from kitestring.devices.fit.compute import How
 from kitestring.devices.profiles import profile
 from kitestring.errors import SettingError
 from kitestring.tasks.find import find, first_users
+from kitestring.tasks.programs import confidence
 from kitestring.tasks.tables import task_from_csv
 from kitestring.tasks.task import Recorded, Task
 
@@ -88,7 +89,7 @@ def missing(task: Task | Recorded, programs: set[str], about: About) -> str | No
         has = {"models"}
         has |= {"pool"} if task.users.pool else set()
         has |= {"split"} if "front" in programs else set()
-        has |= {"confidence"} if task.loss in ("cross_entropy", "binary") else set()
+        has |= {"confidence"} if confidence(task) else set()
     for need in about.needs:
         if need not in has:
             return f"needs {NEEDS[need]}"

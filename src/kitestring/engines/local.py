@@ -222,8 +222,8 @@ class LocalEngine:
         )
 
     def exchange(self, asks: Sequence[Ask]) -> Iterator[Chunk]:
-        asked = np.concatenate([np.asarray(ask.to, np.int64) for ask in asks] or [[]])
-        if len(np.unique(asked)) < len(asked):
+        asked = [int(i) for ask in asks for i in ask.to]
+        if len(set(asked)) < len(asked):
             raise ProtocolError("a device is asked twice in one exchange", self.name)
         self.cloud.serial += 1
         self.ledger.add(self.purpose, rounds=1)

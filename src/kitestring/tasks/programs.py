@@ -58,6 +58,19 @@ LOSSES: dict[str, RowLoss] = {
 }  # fmt: skip
 
 
+def confidence(task: Task) -> Callable[[Tensor], Tensor] | None:
+    """How sure an answer is: the task's own, or the largest class probability; None without one."""
+
+    def classes(out: Tensor) -> Tensor:
+        most = out.softmax(-1).amax(-1)
+        return most.flatten(1).mean(1) if most.ndim > 1 else most
+
+    if task.confidence is not None:
+        return task.confidence
+    own = {"cross_entropy": classes, "binary": lambda out: out.abs().sigmoid()}
+    return own.get(task.loss) if isinstance(task.loss, str) else None
+
+
 def _divergence(loss: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """How far the outputs are from a teacher's: (out, teacher, y) -> [n].
 
@@ -132,7 +145,7 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
     sample = torch.from_numpy(np.array(some_x))
     loss = LOSSES[task.loss] if isinstance(task.loss, str) else task.loss
     far = _divergence(task.loss)
-    confident = task.loss if task.loss in ("cross_entropy", "binary") else None
+    sure = confidence(task)
     torch.manual_seed(seed)
     front, back = split(_made(task, "small"))
     large = _made(task, "large")
@@ -145,10 +158,7 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
 
     def answered(outputs: Batch, batch: Batch) -> dict[str, Tensor]:
         out = outputs["out"][:, -1] if task.asks == "last" else outputs["out"]
-        if confident is None:
-            return {"answer": out}
-        sure = out.softmax(-1).amax(-1) if confident == "cross_entropy" else out.abs().sigmoid()
-        return {"answer": out, "confidence": sure.flatten(1).mean(1) if sure.ndim > 1 else sure}
+        return {"answer": out} if sure is None else {"answer": out, "confidence": sure(out)}
 
     small, big = _Small(front, back), _Named("large", large, "x")
     made = {
@@ -160,6 +170,14 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
         "large.answer": Program("large.answer", big, after=answered),
     }
     out = _output(task, "small", small, sample)
+    if task.confidence is not None:
+        shape = tuple(answered({"out": out}, {})["confidence"].shape)
+        if shape != (len(sample),):
+            raise TaskError(
+                f"confidence gives {shape} for {len(sample)} rows",
+                f"task {task.name}",
+                "Return one number in [0, 1] for each row, [n]",
+            )
     _output(task, "large", big, sample)
     if front is None:
         return made

@@ -63,7 +63,10 @@ class Task:
     the large back that continues from those features in the cloud; a two-layer network by
     default.
 
-    `asks="last"`: of a sequence, only the last position is asked when serving."""
+    `asks="last"`: of a sequence, only the last position is asked when serving.
+
+    `confidence` maps what is asked of the output to how sure it is, [n] in [0, 1]; a cascade needs
+    it. By default the largest class probability, where the loss is "cross_entropy" or "binary"."""
 
     name: str
     users: Users
@@ -72,6 +75,7 @@ class Task:
     metric: Metric
     loss: LossName | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"  # -> one loss a row, [n]
     others: tuple[Metric, ...] = ()
+    confidence: Callable[[Tensor], Tensor] | None = None
     server: Callable[[], nn.Module] | None = None
     asks: Literal["row", "last"] = "row"
     plan: Plan = field(default_factory=Plan)
