@@ -62,13 +62,14 @@ def task(users: int | None = None) -> Task:
         others=(perplexity,),
         asks="last",
         plan=Plan(
-            local_epochs=10,
-            rounds=5,
+            local_epochs=6,
+            rounds=3,
             optimiser="adam",
             lr=(0.0005, 0.0015, 0.005),
             cloud_epochs=7,
             cloud_batch=16,
             cloud_lr=(0.0005, 0.001, 0.002),
+            gift=12,
         ),
         about="What the roles of Shakespeare's plays say, each role a device. Which character "
         "comes next?",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 POOL = 0.3
 ITEMS = 1682
-LENGTH = 50  # items that a model sees
+LENGTH = 20  # items that a model sees
 RATINGS = Source(
     "MovieLens-100K",
     "https://files.grouplens.org/datasets/movielens/ml-100k.zip",
@@ -37,8 +37,8 @@ RATINGS = Source(
 def task(users: int | None = None) -> Task:
     """The 943 people (or the first `users` of a fixed shuffle).
 
-    x int64 [n, 50]: item ids 1..1682 in time order, 0 for padding on the left.
-    y int64 [n, 50]: the id of the next item, which is also its place in the logits; -1 is ignored.
+    x int64 [n, 20]: item ids 1..1682 in time order, 0 for padding on the left.
+    y int64 [n, 20]: the id of the next item, which is also its place in the logits; -1 is ignored.
     Leave one out: a person's last item is the test, the one before it the validation."""
     people = np.arange(1, len(_sequences()) + 1)
     if users is not None:
@@ -56,13 +56,14 @@ def task(users: int | None = None) -> Task:
         others=(hit_at_10,),
         asks="last",
         plan=Plan(
-            local_epochs=10,
-            rounds=5,
-            batch=4,
+            local_epochs=6,
+            rounds=3,
+            batch=8,
             optimiser="adam",
             lr=(0.001, 0.003, 0.01),
             cloud_epochs=16,
             cloud_lr=(0.002, 0.004, 0.008),
+            gift=6,
         ),
         about="MovieLens-100K, each of its 943 people a device. Which of the 1,682 films does a "
         "person rate next? Ranked among all films, leave one out.",

@@ -55,10 +55,11 @@ class CoDA:
 
     @staticmethod
     def trials(budget: Budget) -> list[CoDA]:
-        """Each round trains two models, so each gets half the round's epochs."""
+        """Each round trains two models: each gets half the epochs, or half the rounds are left."""
+        rounds = budget.rounds if budget.epochs > 1 else max(1, budget.rounds // 2)
         epochs = max(1, budget.epochs // 2)
         return [
-            CoDA(budget.rounds, epochs, budget.batch, lr, budget.optimiser, budget.gift)
+            CoDA(rounds, epochs, budget.batch, lr, budget.optimiser, budget.gift)
             for lr in budget.lrs
         ]
 
