@@ -3,7 +3,7 @@
     python benchmarks/tables.py [digits qmnist ...]   -> benchmarks/results/TASK.txt
 
 Each file is what `kitestring compare TASK` prints, the command on top, and the time it took below;
-the whole run is kept in runs/TASK.
+the whole run is kept in runs/TASK. The README's table and plot are those of digits.
 With KITESTRING_DATA set, data is read from there.
 """
 
@@ -14,6 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from kitestring.comparison.compare import load
+from kitestring.report import page
+from kitestring.report.prices import load as load_prices
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("digits", "qmnist", "movielens", "shakespeare", "livestream", "assistant")
@@ -40,6 +44,8 @@ def main() -> None:
         )
         (ROOT / "benchmarks" / "results" / f"{task}.txt").write_text(text)
         print(text, flush=True)
+        if task == "digits":
+            page.write_plot(load(ROOT / "runs" / task), load_prices(), ROOT / "docs" / "digits.svg")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _in_words(b: Budget, task: Task | Recorded) -> str:
     return (
         f"every collaboration that trains on devices: {b.local_epochs} passes over a device's own "
         f"rows in minibatches of {b.batch} ({b.steps} steps on the median device, {b.rows} rows), "
-        f"spread over {b.rounds} exchanges (SplitNN: one exchange a step; CoDA: the rows that it is "
+        f"spread over {b.rounds} exchanges (SplitNN: one for each step; CoDA: rows that it is "
         f"given come on top); "
         f"models trained in the cloud: {b.cloud_epochs} passes"
     )
