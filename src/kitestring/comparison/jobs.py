@@ -30,7 +30,7 @@ from kitestring.tasks.population import DeviceUsers, pool_rows
 from kitestring.tasks.programs import programs, recorded_programs
 from kitestring.tasks.task import Recorded, Task
 
-_POINTS = 10  # of the curve over rounds
+_POINTS = 4  # of the curve over rounds
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _learn(
     bench: Bench, engine: LocalEngine, collaboration: Any, job: Job,
     progress: Callable[[float], None],
 ) -> Any:  # fmt: skip
-    """Run to the end; every tenth of the way, the metric on validation rows joins the curve."""
+    """Run to the end; every quarter of the way, the metric on validation rows joins the curve."""
     total = max(1, getattr(collaboration, "rounds", getattr(collaboration, "steps", 1)))
     curve: dict[str, list[float]] = json.loads(engine.store.load("curve") or b"{}")
     state = None

@@ -75,7 +75,7 @@ def task(users: int | None = None) -> Task:
             local_epochs=6,
             rounds=3,
             lr=(0.05, 0.1, 0.2),
-            cloud_epochs=8,
+            cloud_epochs=5,
             cloud_lr=(0.0005, 0.001, 0.002),
         ),
         about="MNIST's handwritten digits, each of its 836 real writers a user (writers from "

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 POOL = 0.2
 LENGTH = 40  # characters that a model sees
 WINDOWS = 60  # of a role at most, over all splits
-SCORED = 50  # windows of a role in validation, and in test, at most
+SCORED = 16  # windows of a role in validation, and in test, at most
 SPEECHES = 10  # of a role at least
 ALPHABET = "\n !&'(),-.:;?" + string.ascii_letters
 IDS = len(ALPHABET) + 1  # the last is any other character
@@ -66,7 +66,7 @@ def task(users: int | None = None) -> Task:
             rounds=3,
             optimiser="adam",
             lr=(0.0005, 0.0015, 0.005),
-            cloud_epochs=7,
+            cloud_epochs=5,
             cloud_batch=16,
             cloud_lr=(0.0005, 0.001, 0.002),
             gift=12,
@@ -104,7 +104,7 @@ def _server() -> nn.Module:
 def _large() -> nn.Module:
     from kitestring.tasks.layers import Transformer
 
-    return Transformer(IDS, LENGTH, width=128, heads=4, blocks=2, dropout=0.1, past=8)
+    return Transformer(IDS, LENGTH, width=96, heads=4, blocks=2, dropout=0.1, past=8)
 
 
 @cache
@@ -153,7 +153,7 @@ def _split(text: Array, stride: int | None = None) -> Mapping[Split, Columns]:
 
 
 def _windows(text: Array, stride: int | None = None) -> dict[str, Array]:
-    """Windows [n, 40] of x, and of y one character later; without a stride about 50 of them."""
+    """Windows [n, 40] of x, and of y one character later; without a stride about 16 of them."""
     room = len(text) - LENGTH
     if stride is None:
         stride = -(-room // SCORED)
