@@ -72,11 +72,11 @@ class CoDA:
     def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
         if state.round == self.rounds:
             return None
-        if state.round < 0:
-            return [Ask("start", cloud.sample(None), all=Message(parameters=state.weights))]
         known = np.array(cloud.table.ids(), np.int64)
-        if not len(known):
-            return None
+        new = np.setdiff1d(cloud.sample(None), known)
+        start = Ask("start", new, all=Message(parameters=state.weights))
+        if state.round < 0:
+            return [start]
         assert cloud.data is not None
         pool = cloud.data
         h = cloud.predict("front", state.weights.pick("front."), {"x": pool["x"]})["h"]
@@ -87,7 +87,7 @@ class CoDA:
             n = np.full(len(ids), chosen.shape[1])
             return Message(data=Tree({k: Rows(pool[k].values[0][chosen], n) for k in ("x", "y")}))
 
-        return [Ask("learn", known, each=each)]
+        return [Ask("learn", known, each=each), start]
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
         own = devices.data
@@ -144,7 +144,7 @@ class CoDA:
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
         kept, accepted, count = 0.0, 0.0, 0
         for chunk in chunks:
-            if state.round < 0:
+            if chunk.message.features:
                 cloud.table.put(chunk.ids, chunk.message.features)
             else:
                 kept += float(chunk.message.scalars["kept"].sum())
