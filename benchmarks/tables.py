@@ -25,6 +25,7 @@ TASKS = ("digits", "qmnist", "movielens", "shakespeare", "livestream", "assistan
 
 def main() -> None:
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
     for task in sys.argv[1:] or TASKS:
         command = ["kitestring", "compare", task]
         started = time.monotonic()

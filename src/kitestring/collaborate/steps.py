@@ -1,12 +1,19 @@
-"""One optimiser step on trees, for collaborations that hold gradients instead of calling `fit`."""
+"""What collaborations share of training: the settings of `fit`, and single optimiser steps."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from kitestring.core import Array, Tree
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+def recipe(settings: Any) -> dict[str, Any]:
+    """How a collaboration trains on devices, as `fit` takes it."""
+    return {name: getattr(settings, name) for name in ("lr", "epochs", "batch", "optimiser")}
 
 
 def moments(weights: Tree, optimiser: str) -> Tree:

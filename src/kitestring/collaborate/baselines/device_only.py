@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import OnDevice
+from kitestring.collaborate.steps import recipe
 from kitestring.core import Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Tree
 
 
@@ -53,10 +54,7 @@ class DeviceOnly:
         return [Ask("train", cloud.sample(None))]
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
-        fit = devices.fit(
-            "small", devices.private, devices.data,
-            lr=self.lr, epochs=self.epochs, batch=self.batch, optimiser=self.optimiser,
-        )  # fmt: skip
+        fit = devices.fit("small", devices.private, devices.data, **recipe(self))
         return Message(), fit.parameters
 
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:

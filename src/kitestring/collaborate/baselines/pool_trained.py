@@ -16,6 +16,7 @@ import numpy as np
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import InCloud, OnDevice, Split
+from kitestring.collaborate.steps import recipe
 from kitestring.core import Ask, Chunk, Cloud, Crossing, Devices, Message, Tree
 
 
@@ -67,11 +68,8 @@ class PoolTrained:
             pass
         assert cloud.data is not None
         now = getattr(state, self._field)
-        lr = cosine(self.lr, state.round, self.rounds)
-        fit = cloud.fit(
-            self.program, now, cloud.data,
-            lr=lr, epochs=self.epochs, batch=self.batch, optimiser=self.optimiser,
-        )  # fmt: skip
+        sgd = recipe(self) | {"lr": cosine(self.lr, state.round, self.rounds)}
+        fit = cloud.fit(self.program, now, cloud.data, **sgd)
         return replace(state, round=state.round + 1, **{self._field: fit.parameters})
 
     def serve(self) -> Any:

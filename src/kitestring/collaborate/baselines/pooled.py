@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.baselines.pool_trained import cosine
 from kitestring.collaborate.services import InCloud, OnDevice
+from kitestring.collaborate.steps import recipe
 from kitestring.core import Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Rows, Tree
 
 
@@ -77,10 +78,7 @@ class Pooled:
         if state.round < 0:
             return replace(state, round=0)
         rows = everything(cloud)
-        lr = cosine(self.lr, state.round, self.rounds)
-        sgd: dict[str, Any] = {
-            "lr": lr, "epochs": self.epochs, "batch": self.batch, "optimiser": self.optimiser,
-        }  # fmt: skip
+        sgd = recipe(self) | {"lr": cosine(self.lr, state.round, self.rounds)}
         small = cloud.fit("small", state.weights, rows, **sgd).parameters
         some = sample(rows, cloud)
         large = cloud.fit("large", state.large, some, tag="large", **sgd).parameters

@@ -18,6 +18,7 @@ import numpy as np
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import OnDevice
+from kitestring.collaborate.steps import recipe
 from kitestring.core import Array, Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Rows, Tree
 
 
@@ -104,12 +105,9 @@ class CoDA:
         # With too few rows to hold any back, all of them judge.
         some = (held & own["x"].mask()).any(1, keepdims=True)
         judge = {k: r.keep(held | ~some) for k, r in own.items()}
-        sgd: dict[str, Any] = {
-            "lr": self.lr, "epochs": self.epochs, "batch": self.batch, "optimiser": self.optimiser,
-        }  # fmt: skip
-        alone = devices.fit("small", start, train, tag="alone", **sgd).parameters
+        alone = devices.fit("small", start, train, tag="alone", **recipe(self)).parameters
         both = {k: train[k].concat(gift[k]) for k in ("x", "y")}
-        helped = devices.fit("small", start, both, tag="helped", **sgd).parameters
+        helped = devices.fit("small", start, both, tag="helped", **recipe(self)).parameters
         models = [start, alone, helped]
         losses = np.stack([self._loss(w, judge, devices) for w in models])
         best = np.where(np.isfinite(losses), losses, np.inf).argmin(0)

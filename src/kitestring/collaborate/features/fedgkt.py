@@ -18,6 +18,7 @@ import numpy as np
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import Split
+from kitestring.collaborate.steps import recipe
 from kitestring.core import Array, Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Tree
 
 _BLOCK = 16  # devices whose rows the server trains on at a time, whatever the engine's chunk
@@ -92,14 +93,11 @@ class FedGKT:
         return [Ask("start", new, all=model), Ask("again", known, each=each)]
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
-        sgd: dict[str, Any] = {
-            "lr": self.lr, "epochs": self.epochs, "batch": self.batch, "optimiser": self.optimiser,
-        }  # fmt: skip
         if verb == "start":
-            fit = devices.fit("small", message.parameters, devices.data, **sgd)
+            fit = devices.fit("small", message.parameters, devices.data, **recipe(self))
         else:
             rows = {**devices.data, "teacher": message.features["logits"]}
-            fit = devices.fit("small.distill", devices.private, rows, **sgd)
+            fit = devices.fit("small.distill", devices.private, rows, **recipe(self))
         found = devices.predict("small", fit.parameters, {"x": devices.data["x"]})
         up = Tree(h=found["h"], logits=found["out"])
         return Message(features=up, data=Tree(y=devices.data["y"])), fit.parameters

@@ -15,6 +15,7 @@ import numpy as np
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import OnDevice
+from kitestring.collaborate.steps import recipe
 from kitestring.core import Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Tree
 
 
@@ -68,10 +69,7 @@ class FedAvg:
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
         start, n = message.parameters, devices.data["y"].n.astype(np.float32)
-        fit = devices.fit(
-            "small", start, devices.data,
-            lr=self.lr, epochs=self.epochs, batch=self.batch, optimiser=self.optimiser,
-        )  # fmt: skip
+        fit = devices.fit("small", start, devices.data, **recipe(self))
         change = (fit.parameters - start) * n
         return Message(parameters=change, scalars=Tree(examples=n)), devices.private
 
