@@ -263,3 +263,14 @@ def test_requests_that_would_break_a_limit() -> None:
     assert (
         "Above 2,000 requests per device and day (now 100), Asks would break 1MB/day."
     ) in verdict.changes
+
+
+def test_a_p10_that_is_the_same_for_all_decides_nothing() -> None:
+    """One test row each: most users score 0 whatever the row, so p10 is 0 everywhere."""
+    rows = [
+        replace(r, seeds=[replace(s, scores=[0.0] * len(s.scores)) for s in r.seeds])
+        for r in WHOLE.rows
+    ]
+    verdict = decide(replace(WHOLE, rows=rows), parse_limits(""), PRICES)
+    assert any("p10 tells no two rows apart" in said for said in verdict.changes)
+    assert not any("would be first" in said for said in verdict.changes)

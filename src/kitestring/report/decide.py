@@ -242,16 +242,8 @@ def _changes(
     out = [e for e in scored if e.row.name in excluded]
     if out:
         said.append(_without_limits(choice, out, excluded, comparison))
-    first = min(allowed, key=lambda e: _p10_rank(e, comparison))
-    p10 = units.score(first.quality.p10, comparison.unit)
-    if len(allowed) > 1 and first is choice:
-        said.append(f"If p10 were what counts, {choice.row.title} would still be first ({p10}).")
-    elif len(allowed) > 1:
-        own = units.score(choice.quality.p10, comparison.unit)
-        said.append(
-            f"If p10 were what counts, {first.row.title} would be first "
-            f"({p10} against {own} for {choice.row.title})."
-        )
+    if len(allowed) > 1:
+        said.append(_if_p10_counted(choice, allowed, comparison))
     said += _headroom(choice, limits, comparison, prices)
     if runner:
         said += _flip(choice, runner, comparison, prices, "requests_per_day")
@@ -278,6 +270,20 @@ def _without_limits(
     return (
         f"The best row left out, {best.row.title}, would gain {_lead(ahead, unit)}{noise} "
         f"({comparison.metric} {value}). It needs {broken}."
+    )
+
+
+def _if_p10_counted(choice: _Entry, allowed: Sequence[_Entry], comparison: Comparison) -> str:
+    shown = {units.score(e.quality.p10, comparison.unit) for e in allowed}
+    if len(shown) == 1:
+        return f"p10 tells no two rows apart: it is {shown.pop()} for all of them."
+    first = min(allowed, key=lambda e: _p10_rank(e, comparison))
+    best, own = (units.score(e.quality.p10, comparison.unit) for e in (first, choice))
+    if own == best:
+        return f"If p10 were what counts, {choice.row.title} would still be first ({own})."
+    return (
+        f"If p10 were what counts, {first.row.title} would be first "
+        f"({best} against {own} for {choice.row.title})."
     )
 
 
