@@ -5,7 +5,8 @@ and add: 3.7 + 0.9 pJ, 45 nm) up to a whole instruction of 70 pJ for each; M. Ho
 "Computing's energy problem", ISSCC 2014. Radio power per throughput: Huang et al., "A close
 examination of performance and power characteristics of 4G LTE networks", MobiSys 2012, table 4
 (LTE and WiFi, milliwatts per Mbit/s, which is nanojoules per bit); the radio's idle and tail
-power is left out. Speeds and links are assumptions of a size class, not measurements: replace
+power is left out. The radio figures and the 70 pJ are quoted from memory: check them before you
+rely on the joules. Speeds and links are assumptions of a size class, not measurements: replace
 them with your own.
 """
 

@@ -27,7 +27,7 @@ USERS = 44
 POOL = 0.3
 WEAK, STRONG = "mistralai/Mixtral-8x7B-Instruct-v0.1", "gpt-4-1106-preview"
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English
-DOLLARS_PER_MILLION_TOKENS = (10.0, 30.0)  # GPT-4-1106's list price in 2024: question, answer
+DOLLARS_PER_MILLION_TOKENS = (10.0, 30.0)  # GPT-4-1106's in 2024, not checked: question, answer
 RESPONSES = Source(
     "RouteLLM's GSM8K answers",
     "https://raw.githubusercontent.com/lm-sys/RouteLLM/main/routellm/evals/gsm8k/gsm8k_responses.csv",
@@ -80,8 +80,8 @@ def task(users: int | None = None) -> Recorded:
             "Confidence is the chance that the weak model is right, predicted from the question's "
             "words by a logistic regression that saw only the pool users' questions. It "
             "tells little: its AUC on the others is .55.",
-            "Costs are estimates: four characters a token, at GPT-4-1106's list price of 2024 ($10 "
-            "per million tokens asked, $30 answered).",
+            "Costs are estimates: four characters a token, at what GPT-4-1106 cost in 2024 by our "
+            "recollection ($10 per million tokens asked, $30 answered).",
         ),
     )
 

@@ -16,7 +16,9 @@ from kitestring.devices.fit.schedule import schedule
 from kitestring.errors import TaskError, unknown
 
 How = Literal["auto", "sequential", "vmap"]
-_HEAVY = 1e6  # operations a row from which grouped convolutions lose to single ones (measured)
+# Operations a row from which convolutions are left one by one. Grouped ones still won narrowly at
+# 2e6 and lost at 7e6 (benchmarks/convolutions.py); where little is won, the reference is taken.
+_HEAVY = 1e6
 _SLICE = 512  # rows of one model predicted at a time
 
 
