@@ -1,4 +1,5 @@
-# make demo | test | test-all | lint | docs | clean        PYTHON=python3.12 picks the Python
+# make demo | test | test-all | lint | docs | bench-simulation | clean
+# PYTHON=python3.12 picks the Python
 #
 # All of it happens in .venv, made on first use with `python3 -m venv` and brought up to date when
 # pyproject.toml or constraints.txt change. Pip's own environment variables are honoured.
@@ -19,7 +20,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 MADE := $(VENV)/made-$(or $(VERSION),nothing)
 endif
 
-.PHONY: help demo test test-slow test-all lint docs clean
+.PHONY: help demo test test-slow test-all lint docs bench-simulation clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,7 +29,8 @@ help:
 	@echo "make test-all  the tests, the slow ones too"
 	@echo "make lint      ruff, mypy --strict and the docs check"
 	@echo "make docs      write the generated parts of the docs anew"
-	@echo "make clean     remove .venv, caches and built packages"
+	@echo "make bench-simulation   Kitestring's simulation beside Flower's and pfl-research's (half an hour)"
+	@echo "make clean     remove .venv, .bench, caches and built packages"
 
 demo: $(VENV)/compare
 	@$(BIN)/kitestring compare digits --fresh
@@ -52,8 +54,11 @@ lint: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/python docs/check.py --write
 
+bench-simulation: $(VENV)/compare
+	@$(BIN)/python benchmarks/simulation/run.py
+
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/made-%:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from kitestring.core import Rows, Tree
+from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.fit.compute import TorchCompute, thread_per_process
 from kitestring.devices.fit.programs import Program
 
@@ -60,10 +60,10 @@ def measure(channels: int) -> tuple[float, list[float]]:
         spent = []
         for way in ways:
             started = time.process_time()
-            way.fit("p", weights, rows, lr=0.01, epochs=1, batch=10, key=key)
+            way.fit("p", weights, rows, Recipe(0.01), key=key)
             spent.append(time.process_time() - started)
         ratios.append(spent[0] / spent[1])
-    return program.flops({"x": x}), ratios[1:]  # the first pair warms up
+    return program.flops(rows), ratios[1:]  # the first pair warms up
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ from kitestring.comparison.methods import METHODS
 from kitestring.core import Decision, Message, Rows, Tree, run, serve
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.profiles import PROFILES
-from kitestring.engines.local import InProcess, LocalEngine, Setting
+from kitestring.engines.hands import InProcess, Reply
+from kitestring.engines.local import LocalEngine, Setting
 from kitestring.engines.strict import OtherProcess, Pipe
 from kitestring.exchange import wire
 from kitestring.exchange.store import Store
@@ -57,12 +58,12 @@ class Watched(InProcess):
         super().__init__(*parts)
         self.seen: dict[tuple[int, str, int], tuple[Message, Message]] = {}
 
-    def reply(self, verb: str, ids: Any, serial: int, down: Message) -> tuple[Message, Any]:
-        up, flops = super().reply(verb, ids, serial, down)
+    def reply(self, verb: str, ids: Any, serial: int, down: Message) -> Reply:
+        found = super().reply(verb, ids, serial, down)
         for d, device in enumerate(ids):
-            both = (wire.unpack(wire.pack(down, d)), wire.unpack(wire.pack(up, d)))
+            both = (wire.unpack(wire.pack(down, d)), wire.unpack(wire.pack(found.up, d)))
             self.seen[serial, verb, int(device)] = both
-        return up, flops
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ class Mortal(InProcess):
 
     left = 0
 
-    def reply(self, *what: Any) -> tuple[Message, Any]:
+    def reply(self, *what: Any) -> Reply:
         self.left -= 1
         if self.left == 0:
             raise Killed
@@ -346,10 +347,10 @@ def test_pooled_uploads_are_the_devices_rows() -> None:
 class Noting(TorchCompute):
     """Notes the rows that the small model is trained on."""
 
-    def fit(self, program: str, weights: Tree, rows: Any, **rest: Any) -> Any:
+    def fit(self, program: str, weights: Tree, rows: Any, *how: Any, **rest: Any) -> Any:
         if program == "small":
             self.rows = [*getattr(self, "rows", []), rows]
-        return super().fit(program, weights, rows, **rest)
+        return super().fit(program, weights, rows, *how, **rest)
 
 
 def test_coda_trains_on_its_own_rows_and_the_pools_and_nothing_else() -> None:

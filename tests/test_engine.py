@@ -31,6 +31,7 @@ from kitestring.core import (
     serve,
 )  # fmt: skip
 from kitestring.devices.profiles import PROFILES, Profile
+from kitestring.engines.hands import Reply
 from kitestring.engines.local import LocalEngine, Setting
 from kitestring.engines.strict import OtherProcess, Pipe
 from kitestring.errors import BadBytes, BadReply, NoReplies, RunError, TaskError, Undeclared
@@ -324,17 +325,19 @@ def test_a_fold_does_not_depend_on_the_order(dtype: Any) -> None:
 class Still:
     """Hands whose replies are given."""
 
+    concurrent = True
+
     def __init__(self, make: Callable[[Any], Message]) -> None:
         self.make = make
 
     def open(self, collaboration: Any, seed: int) -> None: ...
 
-    def settle(self, ids: Any, serial: int, good: Any) -> None: ...
+    def settle(self, ids: Any, serial: int, good: Any, after: Tree) -> None: ...
 
     def end(self, kept: bool) -> None: ...
 
-    def reply(self, verb: str, ids: Any, serial: int, down: Message) -> tuple[Message, Any]:
-        return self.make(ids), np.zeros(len(ids))
+    def reply(self, verb: str, ids: Any, serial: int, down: Message) -> Reply:
+        return Reply(self.make(ids), np.zeros(len(ids)))
 
     def decide(self, *what: Any) -> Any: ...
 
@@ -440,23 +443,23 @@ def test_a_device_keeps_a_journal(pipe: Pipe) -> None:
         return [float(hands.private(d).get("done", np.zeros(1))[0]) for d in (1, 2)]
 
     for _ in range(2):  # asked twice: a reply was slow, say
-        up, _ = hands.reply("count", ids, 1, factor(2))
+        up = hands.reply("count", ids, 1, factor(2)).up
         assert up.features["sum"].tolist() == [4, 12]
         assert kept() == [1, 1]
-    hands.settle(ids, 1, no)
+    hands.settle(ids, 1, no, Tree())
     hands.end(True)
     assert kept() == [1, 0]
     hands.reply("count", ids, 2, factor(2))
-    hands.settle(ids, 2, yes)
+    hands.settle(ids, 2, yes, Tree())
     hands.end(False)  # the round was void
     assert kept() == [1, 0]
     hands.reply("count", ids, 3, factor(2))  # nothing was said of this one
     hands.reply("count", ids, 4, factor(2))
-    hands.settle(ids, 3, yes)  # an acknowledgement that is late is of another reply
+    hands.settle(ids, 3, yes, Tree())  # an acknowledgement that is late is of another reply
     hands.end(True)
     assert kept() == [1, 0]
     hands.reply("count", ids, 5, factor(2))
-    hands.settle(ids, 5, yes)
+    hands.settle(ids, 5, yes, Tree())
     hands.end(True)
     assert kept() == [2, 1]
 

@@ -177,7 +177,7 @@ class Padded:
         values = np.full(shape, rubbish, rows.values.dtype)
         real = rows.mask()
         values[:, : real.shape[1]][real] = rows.values[real]
-        return replace(rows, values=values)
+        return Rows(values, rows.n)
 
 
 def stacked(columns: Mapping[str, list[Any]]) -> dict[str, Rows]:

@@ -83,6 +83,24 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How `fit` trains. The gradient is that of the mean loss over a minibatch, plus
+    `mu` (w - centre) and `linear` where those are given; `clip` bounds its norm over all trained
+    weights; then `decay` w is added and the optimiser steps (torch.optim's SGD and Adam)."""
+
+    lr: float
+    epochs: int = 1
+    batch: int = 10
+    optimiser: str = "sgd"  # or "adam"
+    momentum: float = 0.0  # of sgd
+    decay: float = 0.0
+    clip: float | None = None
+    mu: float = 0.0
+    train: tuple[str, ...] = ("",)  # prefixes of the weights that are trained, others stay
+    shuffle: bool = True  # every epoch anew; else the rows in their order
+
+
+@dataclass(frozen=True)
 class Fit:
     parameters: Tree
     loss: Array  # [D] mean training loss
@@ -101,13 +119,15 @@ class Compute(Protocol):
         program: str,
         weights: Tree,
         rows: Mapping[str, Rows],
+        recipe: Recipe,
         *,
-        lr: float,
-        epochs: int,
-        batch: int,
-        optimiser: str = "sgd",
+        centre: Tree | None = None,
+        linear: Tree | None = None,
         tag: str = "fit",
-    ) -> Fit: ...
+    ) -> Fit:
+        """`centre` is where `recipe.mu` pulls to, the start if None; `linear` is added to the
+        gradient. Both name some or all of the trained weights, and concern no others."""
+
     def backward(
         self,
         program: str,

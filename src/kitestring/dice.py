@@ -7,34 +7,53 @@ function is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom n
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 CLOUD = 2**40
 """The cloud's own id, beyond every device's."""
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _number(value: int) -> Any:
+    """64 bits as an array without axes, which numpy adds to an array sooner than its scalars."""
+    return np.array(value, np.uint64)
+
+
+_STEP, _FIRST, _SECOND = map(_number, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_27, _30, _31, _40 = map(_number, (27, 30, 31, 40))
 
 
 def _mix(x: Any) -> Any:
-    with np.errstate(over="ignore"):
-        x = x + _STEP
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """Of an array, which it overwrites; what is too large for 64 bits wraps around."""
+    x += _STEP
+    x ^= x >> _30
+    x *= _FIRST
+    x ^= x >> _27
+    x *= _SECOND
+    x ^= x >> _31
+    return x
+
+
+@lru_cache
+def _word(tag: str) -> Any:
+    return _number(int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest(), "big"))
+
+
+@lru_cache
+def _seeded(seed: int) -> Any:
+    return _mix(_number(seed))
 
 
 def keys(seed: int, ids: Any, serial: int, tag: str) -> Any:
     """One 64-bit key for each of `ids` [D]."""
-    word = np.uint64(int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest(), "big"))
-    key = _mix(np.full(len(ids), seed, np.uint64))
-    key = _mix(key ^ np.asarray(ids, np.uint64))
-    key = _mix(key ^ np.uint64(serial))
-    return _mix(key ^ word)
+    key = _mix(np.asarray(ids, np.uint64) ^ _seeded(seed))
+    key = _mix(key ^ _number(serial))
+    return _mix(key ^ _word(tag))
 
 
 def uniform(key: Any, n: int) -> Any:
     """Numbers in [0, 1), float32 [D, n], from keys [D]."""
-    with np.errstate(over="ignore"):
-        bits = _mix(key[:, None] + np.arange(1, n + 1, dtype=np.uint64)[None] * _STEP)
-    return (bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+    bits = _mix(key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _STEP)
+    return (bits >> _40).astype(np.float32) / np.float32(2**24)

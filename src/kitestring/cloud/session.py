@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kitestring import dice
-from kitestring.core import Array, Fit, Rows, Tree
+from kitestring.core import Array, Fit, Recipe, Rows, Tree
 
 
 def _one(tree: Tree) -> Tree:
@@ -71,19 +71,23 @@ class CloudSession:
         program: str,
         weights: Tree,
         rows: Mapping[str, Rows],
+        recipe: Recipe,
         *,
-        lr: float,
-        epochs: int,
-        batch: int,
-        optimiser: str = "sgd",
+        centre: Tree | None = None,
+        linear: Tree | None = None,
         tag: str = "fit",
     ) -> Fit:
-        self._spend(program, rows, 3 * epochs)
+        self._spend(program, rows, 3 * recipe.epochs)
         key = dice.keys(self._seed, np.array([dice.CLOUD]), self.serial, tag)
         found = self._compute.fit(
-            program, _one(weights), _flat(rows),
-            lr=lr, epochs=epochs, batch=batch, optimiser=optimiser, key=key,
-        )  # fmt: skip
+            program,
+            _one(weights),
+            rows if all(len(r.n) == 1 for r in rows.values()) else _flat(rows),
+            recipe,
+            centre=None if centre is None else _one(centre),
+            linear=None if linear is None else _one(linear),
+            key=key,
+        )
         done = Tree({k: a[0] for k, a in found.parameters.items()})
         return Fit(done, found.loss[0], found.steps[0])
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from kitestring.core import Array, Tree
+from kitestring.core import Array, Recipe, Tree
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
-def recipe(settings: Any) -> dict[str, Any]:
-    """How a collaboration trains on devices, as `fit` takes it."""
-    return {name: getattr(settings, name) for name in ("lr", "epochs", "batch", "optimiser")}
+def recipe(settings: Any) -> Recipe:
+    """How a collaboration trains, by its own settings."""
+    return Recipe(settings.lr, settings.epochs, settings.batch, settings.optimiser)
 
 
 def moments(weights: Tree, optimiser: str) -> Tree:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kitestring import dice
-from kitestring.core import Array, Fit, Rows, Tree
+from kitestring.core import Array, Fit, Recipe, Rows, Tree
 
 
 class Primitives(Protocol):
@@ -23,11 +23,10 @@ class Primitives(Protocol):
         program: str,
         weights: Tree,
         rows: Mapping[str, Rows],
+        recipe: Recipe,
         *,
-        lr: float,
-        epochs: int,
-        batch: int,
-        optimiser: str = "sgd",
+        centre: Tree | None = None,
+        linear: Tree | None = None,
         key: Array,
     ) -> Fit: ...
     def backward(
@@ -43,7 +42,16 @@ class Primitives(Protocol):
 
 def broadcast(tree: Tree, count: int) -> Tree:
     """Give every leaf a device axis without copying it."""
-    return Tree({k: np.broadcast_to(a, (count, *np.shape(a))) for k, a in tree.items()})
+    return Tree({k: _stretched(np.asarray(a), count) for k, a in tree.items()})
+
+
+def _stretched(a: Array, count: int) -> Array:
+    """What `np.broadcast_to` gives, in a quarter of its time."""
+    if not a.flags.c_contiguous or a.dtype.hasobject:
+        return np.broadcast_to(a, (count, *a.shape))
+    wide: Array = np.ndarray((count, *a.shape), a.dtype, a, 0, (0, *a.strides))
+    wide.flags.writeable = False
+    return wide
 
 
 class DeviceSession:
@@ -81,17 +89,17 @@ class DeviceSession:
         program: str,
         weights: Tree,
         rows: Mapping[str, Rows],
+        recipe: Recipe,
         *,
-        lr: float,
-        epochs: int,
-        batch: int,
-        optimiser: str = "sgd",
+        centre: Tree | None = None,
+        linear: Tree | None = None,
         tag: str = "fit",
     ) -> Fit:
-        self._spend(program, rows, 3 * epochs)  # forward, and a backward pass of twice its work
+        # Forward, and a backward pass of twice its work.
+        self._spend(program, rows, 3 * recipe.epochs)
         key = dice.keys(self._seed, self._ids, self._serial, tag)
         return self._compute.fit(
-            program, weights, rows, lr=lr, epochs=epochs, batch=batch, optimiser=optimiser, key=key
+            program, weights, rows, recipe, centre=centre, linear=linear, key=key
         )
 
     def backward(

@@ -6,142 +6,60 @@ have taken; where the device half runs is up to its `Hands`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
 from kitestring import dice
 from kitestring.cloud.session import CloudSession
-from kitestring.core import KINDS, Array, Ask, Chunk, Decision, Message, Rows, Tree, Void
+from kitestring.core import Array, Ask, Chunk, Decision, Message, Rows, Tree, Void
 from kitestring.devices.profiles import Profile, joules
-from kitestring.devices.session import DeviceSession, Primitives, broadcast
-from kitestring.errors import NoReplies, ProtocolError, TaskError
+from kitestring.devices.session import Primitives, broadcast
+from kitestring.engines import fold
+from kitestring.engines.hands import Hands, InProcess, Population
+from kitestring.engines.threads import guarded, in_order, new_pool
+from kitestring.errors import NoReplies, ProtocolError
+from kitestring.exchange import wire
 from kitestring.exchange.ledger import Ledger, check
 from kitestring.exchange.store import Store, Table, load_state, save_state
-from kitestring.exchange.wire import stack_trees
 
 _PATIENCE = 5  # void rounds in a row before giving up
-
-
-class Population(Protocol):
-    """Who the devices are: their rows, stacked, when asked for."""
-
-    size: int
-
-    def rows(self, ids: Array, split: str) -> dict[str, Rows]: ...
-
-
-class Hands(Protocol):
-    """The device half: where replies and decisions are computed. Operations [D] come with them."""
-
-    def open(self, collaboration: Any, seed: int) -> None: ...
-    def reply(self, verb: str, ids: Array, serial: int, down: Message) -> tuple[Message, Array]: ...
-    def settle(self, ids: Array, serial: int, good: Array) -> None:
-        """The cloud has these devices' replies (good), or not: keep or drop what they changed."""
-
-    def end(self, kept: bool) -> None:
-        """The round stands, or is void: then its good replies change nothing either."""
-
-    def decide(
-        self, service: Any, ids: Array, split: str, deployed: Message
-    ) -> tuple[Decision, Array]: ...
-    def merge(self, ids: Array, down: Message) -> tuple[Decision, Array]: ...
-
-
-class InProcess:
-    """Hands that compute here, D devices at a time; private states are kept in the store."""
-
-    def __init__(self, compute: Primitives, population: Population, store: Store) -> None:
-        self._compute, self._population, self._store = compute, population, store
-        self._pending: Tree = Tree()
-        self._asked: tuple[Any, Tree, Decision, DeviceSession] | None = None
-
-    def open(self, collaboration: Any, seed: int) -> None:
-        self._collaboration, self._seed = collaboration, seed
-
-    def _session(
-        self, ids: Array, serial: int, split: str, hidden: tuple[str, ...] = ()
-    ) -> DeviceSession:
-        rows = self._population.rows(ids, split)
-        data = {k: r for k, r in rows.items() if k not in hidden}
-        session = DeviceSession(self._compute, ids, self._seed, serial, data, Tree())
-        session.private = self._private(ids, session)
-        return session
-
-    def _private(self, ids: Array, session: DeviceSession) -> Tree:
-        found = [self._store.get("private", i) for i in ids]
-        if any(tree is None for tree in found):
-            fresh = self._collaboration.install(session)
-            for d, tree in enumerate(found):
-                if tree is None:
-                    found[d] = Tree({k: _slice(leaf, d) for k, leaf in fresh.items()})
-        return stack_trees([tree for tree in found if tree is not None])
-
-    def reply(self, verb: str, ids: Array, serial: int, down: Message) -> tuple[Message, Array]:
-        session = self._session(ids, serial, "train")
-        up, self._pending = self._collaboration.reply(verb, down, session)
-        return up, session.flops
-
-    def settle(self, ids: Array, serial: int, good: Array) -> None:
-        if self._pending:
-            self._store.put("private", ids, self._pending, np.nonzero(good)[0])
-
-    def end(self, kept: bool) -> None:
-        """Private states share the store with the run, and stand or fall with its transaction."""
-
-    def decide(
-        self, service: Any, ids: Array, split: str, deployed: Message
-    ) -> tuple[Decision, Array]:
-        session = self._session(ids, 0, split, hidden=("y",))
-        decision = service.decide(session, deployed.parameters)
-        self._asked = (service, deployed.parameters, decision, session)
-        return decision, session.flops
-
-    def merge(self, ids: Array, down: Message) -> tuple[Decision, Array]:
-        assert self._asked is not None
-        service, deployed, decision, session = self._asked
-        session.flops = np.zeros(len(ids))
-        decision = service.merge(session, deployed, decision, down)
-        self._asked = (service, deployed, decision, session)
-        return decision, session.flops
-
-
-def _slice(leaf: Any, d: int) -> Any:
-    if isinstance(leaf, Rows):
-        return Rows(leaf.values[d : d + 1, : int(leaf.n[d])], leaf.n[d : d + 1])
-    return leaf[d : d + 1]
-
-
-def _choose(message: Message, which: Array) -> Message:
-    def leaf(v: Any) -> Any:
-        return Rows(v.values[which], v.n[which]) if isinstance(v, Rows) else v[which]
-
-    return Message(*(Tree({k: leaf(v) for k, v in getattr(message, c).items()}) for c in KINDS))
-
-
-def _finite(message: Message, count: int) -> Array:
-    """[D]: every real number that the device sent is finite."""
-    good = np.ones(count, bool)
-    for _, _, leaf in message.leaves():
-        values = leaf.values if isinstance(leaf, Rows) else leaf
-        if values.dtype.kind == "f":
-            kept = 1 + isinstance(leaf, Rows)
-            fine = np.isfinite(values).all(axis=tuple(range(kept, values.ndim)))
-            good &= (fine | ~leaf.mask()).all(1) if isinstance(leaf, Rows) else fine
-    return good
+_CACHE = 2 * 2**20  # bytes of parameters in a chunk: what one core's second-level cache holds
+_FEWEST, _MOST = 64, 512  # devices in a chunk: where there are no parameters, and ever
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an engine needs beside the collaboration."""
+    """What an engine needs beside the collaboration.
+
+    `chunk` devices are computed at a time; None chooses: as many as have 2 MiB of parameters, and
+    no fewer chunks than workers. `workers` threads compute chunks (where the hands let them: those
+    in another process take one at a time), which changes no result."""
 
     population: Population
     profile: Profile
-    chunk: int = 64
+    chunk: int | None = None
     lost: float = 0.0  # share of replies that never arrive
     pool: Mapping[str, Rows] | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """A chunk of devices: what they were sent, and what became of their replies."""
+
+    ids: Array
+    received: Any  # bytes [D], or 0
+    kept: Message  # the good replies, or their sum
+    good: Array  # [D]
+    there: Array  # [D]: not lost
+    sent: wire.Lengths
+    flops: Array
+    after: Tree
 
 
 class LocalEngine:
@@ -165,6 +83,14 @@ class LocalEngine:
         self._pretrained = pretrained or compute.initial
         self._void = 0
 
+    @cached_property
+    def _threads(self) -> Any:
+        return new_pool(self._workers)
+
+    @property
+    def _workers(self) -> int:
+        return self.setting.workers if self.hands.concurrent else 1
+
     @property
     def recorded_cost(self) -> float:
         """Dollars that the calls of this ledger cost, where the task has recorded them."""
@@ -175,7 +101,7 @@ class LocalEngine:
         self.name = type(collaboration).__name__
         table = Table(self.store)
         self.cloud = CloudSession(
-            self.compute, self.setting.population.size, seed, self.setting.pool, table,
+            guarded(self.compute), self.setting.population.size, seed, self.setting.pool, table,
             self._pretrained,
         )  # fmt: skip
         self.hands.open(collaboration, seed)
@@ -212,8 +138,8 @@ class LocalEngine:
             )
 
     def _keep_books(self) -> None:
-        self.store.save("serial", str(self.cloud.serial).encode())
-        self.store.save("ledger", self.ledger.dump())
+        serial = str(self.cloud.serial).encode()
+        self.store.save_all({"serial": serial, "ledger": self.ledger.dump()})
 
     def _cloud_time(self) -> None:
         spent, self.cloud.flops = self.cloud.flops, 0.0
@@ -222,69 +148,112 @@ class LocalEngine:
         )
 
     def exchange(self, asks: Sequence[Ask]) -> Iterator[Chunk]:
-        asked = [int(i) for ask in asks for i in ask.to]
-        if len(set(asked)) < len(asked):
-            raise ProtocolError("a device is asked twice in one exchange", self.name)
+        self._check_once(asks)
         self.cloud.serial += 1
         self.ledger.add(self.purpose, rounds=1)
         replies, slowest = 0, 0.0
         for ask in asks:
             total: Message | None = None
             count = 0
-            for at in range(0, len(ask.to), self.setting.chunk):
-                ids = np.asarray(ask.to[at : at + self.setting.chunk])
-                up, good, seconds = self._ask_chunk(ask, ids)
-                slowest = max(slowest, seconds)
-                replies += int(good.sum())
-                if not good.any():
-                    continue
-                kept = up if good.all() else _choose(up, good)
-                if ask.reduce == "sum":
-                    total, count = _add(total, kept), count + int(good.sum())
-                else:
-                    yield Chunk(ask.key, ids[good], kept, int(good.sum()))
-            if total is not None:
+            with closing(self._answered(ask)) as chunks:
+                for a in chunks:
+                    good = int(np.count_nonzero(a.good))
+                    slowest = max(slowest, self._enter(a, good))
+                    replies, count = replies + good, count + good
+                    if ask.reduce == "sum":
+                        total = fold.add(total, a.kept)
+                    elif good:
+                        yield Chunk(ask.key, a.ids[a.good], a.kept, good)
+            if total is not None and count:
                 yield Chunk(ask.key, None, total, count)
         self.ledger.add(self.purpose, clock=slowest)
         if replies < max((ask.at_least for ask in asks if len(ask.to)), default=0):
             raise Void
 
-    def _ask_chunk(self, ask: Ask, ids: Array) -> tuple[Message, Array, float]:
-        """The replies, which of them are there and usable [D], and the slowest device's seconds."""
-        down = _addressed(ask, ids)
-        crosses, serial = self.collaboration.crosses, self.cloud.serial
-        check(self.name, crosses, ask.verb, "down", down, len(ids))
-        received = self.ledger.bill(self.purpose, "down", down)
-        up, flops = self.hands.reply(ask.verb, ids, serial, down)
-        check(self.name, crosses, ask.verb, "up", up, len(ids))
-        sent = self.ledger.bill(self.purpose, "up", up)
-        good = _finite(up, len(ids))
-        there = (
-            dice.uniform(dice.keys(self.seed, ids, serial, "lost"), 1)[:, 0] >= self.setting.lost
-        )
-        self.hands.settle(ids, serial, good & there)
-        self.ledger.add(self.purpose, lost=int((~there).sum()), refused=int((there & ~good).sum()))
-        return up, good & there, self._spend(flops, sent, received)
+    def _check_once(self, asks: Sequence[Ask]) -> None:
+        asked = np.concatenate([np.zeros(0, np.int64), *(ask.to for ask in asks)])
+        asked.sort()
+        if (asked[1:] == asked[:-1]).any():
+            raise ProtocolError("a device is asked twice in one exchange", self.name)
+
+    def _answered(self, ask: Ask) -> Generator[_Answered, None, None]:
+        """Chunk by chunk. Of those that are summed only the sums wait: more may be begun."""
+        workers = self._workers
+        ahead = 2 * workers if ask.reduce == "sum" and ask.each is None else workers
+        return in_order(self._calls(ask), self._threads, ahead)
+
+    def _calls(self, ask: Ask) -> Iterator[Callable[[], _Answered]]:
+        """What is sent is checked and billed here; the rest may run in any thread."""
+        to = np.asarray(ask.to)
+        size = self._size(ask.all.parameters, len(to), self._workers)
+        alike: dict[int, tuple[Message, wire.Lengths]] = {}
+        for at in range(0, len(to), size):
+            ids = to[at : at + size]
+            if ask.each:
+                down, lengths = self._addressed(ask, ids)
+            else:
+                if len(ids) not in alike:
+                    alike[len(ids)] = self._addressed(ask, ids)
+                down, lengths = alike[len(ids)]
+            received = self.ledger.enter(self.purpose, "down", lengths, len(ids))
+            yield partial(self._answer, ask, ids, fold.copied(down), received)
+
+    def _addressed(self, ask: Ask, ids: Array) -> tuple[Message, wire.Lengths]:
+        down = fold.addressed(ask, ids)
+        check(self.name, self.collaboration.crosses, ask.verb, "down", down, len(ids))
+        return down, wire.lengths(down)
+
+    def _size(self, parameters: Tree, count: int, workers: int) -> int:
+        """Devices in a chunk."""
+        if self.setting.chunk is not None:
+            return self.setting.chunk
+        each = sum(np.asarray(a).nbytes for a in parameters.values())
+        return max(1, min(_CACHE // each if each else _FEWEST, _MOST, -(-count // workers)))
+
+    def _answer(self, ask: Ask, ids: Array, down: Message, received: Any) -> _Answered:
+        serial, count = self.cloud.serial, len(ids)
+        reply = self.hands.reply(ask.verb, ids, serial, down)
+        check(self.name, self.collaboration.crosses, ask.verb, "up", reply.up, count)
+        there = np.ones(count, bool)
+        if self.setting.lost:
+            key = dice.keys(self.seed, ids, serial, "lost")
+            there = dice.uniform(key, 1)[:, 0] >= self.setting.lost
+        kept, good = (fold.total if ask.reduce == "sum" else fold.usable)(reply.up, there)
+        sent = wire.lengths(reply.up)
+        return _Answered(ids, received, kept, good, there, sent, reply.flops, reply.after)
+
+    def _enter(self, a: _Answered, good: int) -> float:
+        """Bill it and let the devices know; the slowest device's seconds."""
+        sent = self.ledger.enter(self.purpose, "up", a.sent, len(a.ids))
+        self.hands.settle(a.ids, self.cloud.serial, a.good, a.after)
+        there = int(np.count_nonzero(a.there))
+        self.ledger.add(self.purpose, lost=len(a.ids) - there, refused=there - good)
+        return self._spend(a.flops, sent, a.received)
 
     def _spend(self, flops: Array, sent: Any, received: Any) -> float:
-        p = self.setting.profile
-        seconds = flops / p.flops + sent / p.up + received / p.down
-        seconds = seconds + p.round_trip * ((sent + received) > 0)
-        low, high = joules(p, float(np.sum(flops)), float(np.sum(sent)), float(np.sum(received)))
+        """`sent` and `received` bytes: [D], or the same for all."""
+        p, count = self.setting.profile, len(flops)
+        on_the_way = sent / p.up + received / p.down + p.round_trip * ((sent + received) > 0)
+        seconds = flops / p.flops + on_the_way
+        done, up, down = (
+            float(v.sum()) if isinstance(v, np.ndarray) else float(v * count)
+            for v in (flops, sent, received)
+        )
+        low, high = joules(p, done, up, down)
         self.ledger.add(
-            self.purpose, flops=float(np.sum(flops)), seconds=float(np.sum(seconds)),
-            joules_low=low, joules_high=high,
-        )  # fmt: skip
-        return float(np.max(seconds, initial=0))
+            self.purpose, flops=done, seconds=float(seconds.sum()), joules_low=low, joules_high=high
+        )
+        return float(seconds.max(initial=0))
 
     def visits(self, service: Any, state: Any, split: str) -> Iterator[LocalVisit]:
-        size, chunk = self.setting.population.size, self.setting.chunk
+        count = self.setting.population.size
         deployed = Message(parameters=service.deploy(state))
-        for at in range(0, size, chunk):
-            ids = np.arange(at, min(size, at + chunk))
+        size = self._size(deployed.parameters, count, 1)
+        for at in range(0, count, size):
+            ids = np.arange(at, min(count, at + size))
             down = Message(parameters=broadcast(deployed.parameters, len(ids)))
             check(self.name, service.crosses, "deploy", "down", down, len(ids))
-            self.ledger.bill(f"{self.purpose}.deploy", "down", down)
+            self.ledger.bill(f"{self.purpose}.deploy", "down", down, len(ids))
             yield LocalVisit(self, service, state, ids, split, down)
 
 
@@ -314,21 +283,21 @@ class LocalVisit:
         e, p = self.engine, self.engine.setting.profile
         who = decision.send.any(1)
         self.calling = who
-        up = _choose(decision.up, who)
-        check(e.name, self.service.crosses, "request", "up", up, int(who.sum()))
-        sent = e.ledger.bill(e.purpose, "up", up)
+        up, count = fold.choose(decision.up, who), int(who.sum())
+        check(e.name, self.service.crosses, "request", "up", up, count)
+        sent = e.ledger.bill(e.purpose, "up", up, count)
         before = e.cloud.flops
         down: Message = self.service.answer(self.state, up, e.cloud)
         spent = e.cloud.flops - before
         e.cloud.flops = before
-        check(e.name, self.service.crosses, "request", "down", down, int(who.sum()))
-        received = e.ledger.bill(e.purpose, "down", down)
+        check(e.name, self.service.crosses, "request", "down", down, count)
+        received = e.ledger.bill(e.purpose, "down", down, count)
         calls = decision.send.sum(1)
         if e.costs is not None:
             x = up.data["x"]
             e.ledger.add(e.purpose, recorded_cost=float(e.costs[x.values[x.mask()]].sum()))
         e.ledger.add(e.purpose, calls=int(calls.sum()), cloud_flops=spent)
-        e._spend(np.zeros(int(who.sum())), sent, received)
+        e._spend(np.zeros(count), sent, received)
         waited = np.zeros(len(who))
         waited[who] = (sent / p.up + received / p.down) / np.maximum(1, calls[who])
         waited += p.round_trip + spent / max(1, int(calls.sum())) / p.cloud_flops
@@ -336,7 +305,7 @@ class LocalVisit:
         return down
 
     def merge(self, decision: Decision, down: Message) -> Decision:
-        merged, flops = self.engine.hands.merge(self.ids, _spread(down, self.calling))
+        merged, flops = self.engine.hands.merge(self.ids, fold.spread(down, self.calling))
         self.engine._spend(flops, 0, 0)
         self._done(merged)
         return merged
@@ -345,43 +314,3 @@ class LocalVisit:
         if not decision.send.any():
             width = self.seconds.shape[1]
             self.engine.latencies.append(self.seconds[np.arange(width) < self.requests[:, None]])
-
-
-def _spread(message: Message, who: Array) -> Message:
-    """Give the devices that did not call an empty answer, so that all stay stacked."""
-
-    def leaf(v: Any) -> Any:
-        values = v.values if isinstance(v, Rows) else v
-        wide = np.zeros((len(who), *values.shape[1:]), values.dtype)
-        wide[who] = values
-        if not isinstance(v, Rows):
-            return wide
-        n = np.zeros(len(who), np.int64)
-        n[who] = v.n
-        return Rows(wide, n)
-
-    return Message(*(Tree({k: leaf(v) for k, v in getattr(message, c).items()}) for c in KINDS))
-
-
-def _addressed(ask: Ask, ids: Array) -> Message:
-    every = [broadcast(getattr(ask.all, kind), len(ids)) for kind in KINDS]
-    own = ask.each(ids) if ask.each else Message()
-    return Message(
-        *(Tree({**a, **getattr(own, kind)}) for a, kind in zip(every, KINDS, strict=True))
-    )
-
-
-def _add(total: Message | None, message: Message) -> Message:
-    """Sums over devices, in float64 and with a leading axis of 1."""
-    for kind, name, leaf in message.leaves():
-        if isinstance(leaf, Rows):
-            raise TaskError(f"{kind}.{name} is ragged: rows cannot be summed over devices")
-    parts = []
-    for kind in KINDS:
-        summed = {
-            k: v.sum(0, dtype=np.float64, keepdims=True) for k, v in getattr(message, kind).items()
-        }
-        if total is not None:
-            summed = {k: v + getattr(total, kind)[k] for k, v in summed.items()}
-        parts.append(Tree(summed))
-    return Message(*parts)

@@ -28,7 +28,7 @@ import numpy as np
 from kitestring import errors
 from kitestring.core import Array, Decision, Message, Rows, Tree
 from kitestring.devices.session import DeviceSession, Primitives
-from kitestring.engines.local import Population
+from kitestring.engines.hands import Population, Reply
 from kitestring.errors import BadBytes, BadReply, KitestringError, RunError, TaskError
 from kitestring.exchange import wire
 
@@ -178,7 +178,10 @@ class Pipe:
 class OtherProcess:
     """Hands that compute elsewhere; `programs(**arguments)`, by name, makes what devices installed.
 
-    `crossed` counts the packed bytes of messages, for tests to hold against the ledger."""
+    `crossed` counts the packed bytes of messages, for tests to hold against the ledger. The pipe
+    carries one question at a time, so an engine's other workers are of no use here."""
+
+    concurrent = False
 
     def __init__(
         self,
@@ -239,7 +242,7 @@ class OtherProcess:
             self._check(len(blob), billed, d, f"{self._name}, device {int(ids[d])}, {what} up")
         return up
 
-    def reply(self, verb: str, ids: Array, serial: int, down: Message) -> tuple[Message, Array]:
+    def reply(self, verb: str, ids: Array, serial: int, down: Message) -> Reply:
         found = self._each(
             verb, ids, down,
             lambda device: {"op": "reply", "verb": verb, "serial": serial},
@@ -248,9 +251,10 @@ class OtherProcess:
         up = self._sent(verb, ids, [parts[0] for _, parts in found])
         self.crossed["learn.down"] += sum(len(wire.pack(down, d)) for d in range(len(ids)))
         self.crossed["learn.up"] += sum(len(parts[0]) for _, parts in found)
-        return up, np.array([header["flops"] for header, _ in found])
+        return Reply(up, np.array([header["flops"] for header, _ in found]))
 
-    def settle(self, ids: Array, serial: int, good: Array) -> None:
+    def settle(self, ids: Array, serial: int, good: Array, after: Tree) -> None:
+        """`after` is empty: what devices keep never left them."""
         header = {
             "op": "settle", "ids": [int(i) for i in ids], "serial": serial,
             "good": [bool(g) for g in good],

@@ -24,11 +24,17 @@ class Ledger:
         self.bytes: Counter[tuple[str, str, str, str]] = Counter()
         self.amounts: defaultdict[tuple[str, str], float] = defaultdict(float)
 
-    def bill(self, purpose: str, way: Way, message: Message) -> Any:
-        """Enter a message and return its bytes [D], header and all; 0 for the empty one."""
+    def bill(self, purpose: str, way: Way, message: Message, count: int) -> Any:
+        """Enter a message to or from `count` devices; see `enter`."""
+        return self.enter(purpose, way, wire.lengths(message), count)
+
+    def enter(self, purpose: str, way: Way, lengths: wire.Lengths, count: int) -> Any:
+        """Enter what is so long; the bytes, header and all: [D], or a number where they are the
+        same for all of the `count` devices (0 for the empty message)."""
         total: Any = 0
-        for (kind, name), size in wire.sizes(message).items():
-            self.bytes[purpose, way, kind, name] += int(size.sum())
+        for (kind, name), size in lengths.items():
+            whole = size * count if isinstance(size, int) else int(size.sum())
+            self.bytes[purpose, way, kind, name] += whole
             total = total + size
         return total
 
@@ -67,28 +73,27 @@ class Ledger:
 
 def check(name: str, crosses: Crossing, verb: str, way: Way, message: Message, count: int) -> None:
     """Refuse what was not declared, and leaves that are not `count` devices' plain arrays."""
-    lane = crosses.get(verb)
+    lane, where = crosses.get(verb), f"{name}, {verb} {way}"
     for kind, leaf_name, leaf in message.leaves():
-        where = f"{name}, {verb} {way}"
         if lane is None or not lane.allows(way, kind, leaf_name):
             raise Undeclared(
                 f"{kind}.{leaf_name} crosses but is not declared",
                 where,
                 f"Declare it in {name}.crosses[{verb!r}] or do not send it",
             )
-        array = leaf.values if isinstance(leaf, Rows) else leaf
-        if getattr(array, "dtype", None) is None or array.dtype.name not in wire.DTYPES:
-            found = getattr(array, "dtype", type(leaf).__name__)
+        dtype = leaf.row[1] if isinstance(leaf, Rows) else getattr(leaf, "dtype", None)
+        if dtype is None or wire.code(dtype) is None:
+            found = type(leaf).__name__ if dtype is None else dtype
             raise BadReply(
                 f"{kind}.{leaf_name} is {found}", where, f"Send {', '.join(wire.DTYPES)}"
             )
-        if array.ndim < 1 or len(array) != count:
-            shape = tuple(array.shape)
+        shape = tuple(leaf.shape)
+        if shape[:1] != (count,) or (isinstance(leaf, Rows) and len(leaf.n) != count):
             raise BadReply(
                 f"{kind}.{leaf_name} {shape} is not one slice for {count} devices", where
             )
-        if kind == "scalars" and array.ndim != 1:
-            raise BadReply(f"scalars.{leaf_name} has shape {tuple(array.shape)}", where, "Send [D]")
+        if kind == "scalars" and len(shape) != 1:
+            raise BadReply(f"scalars.{leaf_name} has shape {shape}", where, "Send [D]")
 
 
 def leaf_names(crosses: Crossing, way: Way) -> Mapping[str, list[str]]:

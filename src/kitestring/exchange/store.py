@@ -8,88 +8,70 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sqlite3
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from kitestring.core import Tree
-from kitestring.errors import RunError
+from kitestring.exchange.kept import Disk, Kept, Memory
 from kitestring.exchange.wire import pack_tree, stack_trees, unpack_tree
 
 S = TypeVar("S")
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS trees (shelf TEXT, device INTEGER, tree BLOB,
-    PRIMARY KEY (shelf, device)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS snapshot (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
-"""
 
 
 class Store:
-    """`path` None keeps everything in memory."""
+    """`path` None keeps everything in memory. Several threads may use it, one at a time."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        try:
-            self._db = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=10)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
-        except sqlite3.Error as problem:
-            raise self._trouble(problem) from None
+        self._kept: Kept = Memory() if path is None else Disk(path)
+        self._lock = threading.Lock()
 
-    def _trouble(self, problem: sqlite3.Error) -> RunError:
-        mend = "Free some space and run again with --resume" if "full" in str(problem) else ""
-        return RunError(f"cannot keep the run: {problem}", str(self.path or "memory"), mend)
-
-    def _do(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        try:
-            if not self._db.in_transaction:
-                self._db.execute("BEGIN")
-            self._db.executemany(sql, rows)
-        except sqlite3.Error as problem:
-            raise self._trouble(problem) from None
-
-    def _find(self, sql: str, *values: Any) -> list[Any]:
-        try:
-            return [row[0] for row in self._db.execute(sql, values)]
-        except sqlite3.Error as problem:
-            raise self._trouble(problem) from None
+    def find(self, shelf: str, ids: Sequence[int]) -> list[Tree | None]:
+        """One tree for each id, None where nothing was put; no list at all if nowhere."""
+        devices = np.asarray(ids).tolist()
+        with self._lock:
+            found = self._kept.find(shelf, devices)
+        return [unpack_tree(found[i]) if i in found else None for i in devices] if found else []
 
     def get(self, shelf: str, device: int) -> Tree | None:
-        sql = "SELECT tree FROM trees WHERE shelf = ? AND device = ?"
-        found = self._find(sql, shelf, int(device))
-        return unpack_tree(found[0]) if found else None
+        return next(iter(self.find(shelf, [device])), None)
 
     def put(self, shelf: str, ids: Sequence[int], tree: Tree, which: Iterable[int]) -> None:
         """Keep the slices `which` of a stacked tree, slice d under ids[d]."""
-        rows = [(shelf, int(ids[d]), pack_tree(tree, d)) for d in which]
-        self._do("INSERT OR REPLACE INTO trees VALUES (?, ?, ?)", rows)
+        trees = {int(ids[d]): pack_tree(tree, d) for d in which}
+        with self._lock:
+            self._kept.put(shelf, trees)
 
     def ids(self, shelf: str) -> list[int]:
-        return self._find("SELECT device FROM trees WHERE shelf = ? ORDER BY device", shelf)
+        with self._lock:
+            return self._kept.devices(shelf)
 
     def save(self, name: str, value: bytes) -> None:
-        self._do("INSERT OR REPLACE INTO snapshot VALUES (?, ?)", [(name, value)])
+        self.save_all({name: value})
+
+    def save_all(self, values: Mapping[str, bytes]) -> None:
+        with self._lock:
+            self._kept.save(values)
 
     def load(self, name: str) -> bytes | None:
-        found = self._find("SELECT value FROM snapshot WHERE name = ?", name)
-        return found[0] if found else None
+        with self._lock:
+            return self._kept.load(name)
 
     def commit(self) -> None:
-        try:
-            if self._db.in_transaction:
-                self._db.execute("COMMIT")
-        except sqlite3.Error as problem:
-            raise self._trouble(problem) from None
+        with self._lock:
+            self._kept.commit()
 
     def rollback(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+        with self._lock:
+            self._kept.rollback()
 
     def close(self) -> None:
-        self.rollback()
-        self._db.close()
+        with self._lock:
+            self._kept.close()
 
 
 class Table:
@@ -100,7 +82,7 @@ class Table:
 
     def get(self, ids: Sequence[int]) -> Tree:
         """What was kept for `ids`, stacked. Raises KeyError where nothing was."""
-        found = [self._store.get(self._shelf, device) for device in ids]
+        found = self._store.find(self._shelf, ids) or [None]
         if None in found:
             raise KeyError(ids[found.index(None)])
         return stack_trees([tree for tree in found if tree is not None])
@@ -116,13 +98,14 @@ class Table:
 def save_state(store: Store, state: Any) -> None:
     """A collaboration's state: a flat dataclass of trees and plain values."""
     plain: dict[str, Any] = {}
+    blobs: dict[str, bytes] = {}
     for f in dataclasses.fields(state):
         value = getattr(state, f.name)
         if isinstance(value, Tree):
-            store.save(f"state.{f.name}", pack_tree(Tree({k: a[None] for k, a in value.items()})))
+            blobs[f"state.{f.name}"] = pack_tree(Tree({k: a[None] for k, a in value.items()}))
         else:
             plain[f.name] = value
-    store.save("state", json.dumps(plain).encode())
+    store.save_all({**blobs, "state": json.dumps(plain).encode()})
 
 
 def load_state(store: Store, kind: type[S]) -> S | None:

@@ -7,9 +7,10 @@ The size follows from names, dtypes and shapes, so traffic can be billed without
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,7 +18,13 @@ from kitestring.core import KINDS, Kind, Message, Rows, Tree
 from kitestring.errors import BadBytes
 
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")
+_CODES = {np.dtype(name): code for code, name in enumerate(DTYPES)}
 _RAGGED = 0x80
+
+
+def code(dtype: Any) -> int | None:
+    """The number of a dtype on the wire; None of one that cannot cross."""
+    return _CODES.get(dtype.newbyteorder("=")) if isinstance(dtype, np.dtype) else None
 
 
 def _one(leaf: Any, d: int) -> Any:
@@ -26,37 +33,54 @@ def _one(leaf: Any, d: int) -> Any:
     return leaf[d]
 
 
-def _record(kind: int, name: str, array: Any) -> bytes:
-    array = np.asarray(array)
-    label = name.encode()
-    head = struct.pack("<BBBB", kind, DTYPES.index(array.dtype.name), array.ndim, len(label))
+def _record(kind: int, name: str, array: Any) -> tuple[bytes, Any]:
+    """Head and body, which `pack` copies once."""
+    array, label = np.asarray(array), name.encode()
+    head = struct.pack("<BBBB", kind, _CODES[array.dtype.newbyteorder("=")], array.ndim, len(label))
     sizes = struct.pack(f"<{array.ndim}I", *array.shape)
     body = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return head + label + sizes + body.tobytes()
+    return head + label + sizes, body.reshape(-1).view(np.uint8)
 
 
 def pack(message: Message, d: int) -> bytes:
     """Device d's share of a message. The empty message packs to nothing."""
-    return b"".join(
+    records = (
         _record(KINDS.index(kind) | (_RAGGED if isinstance(leaf, Rows) else 0), name, _one(leaf, d))
         for kind, name, leaf in message.leaves()
     )
+    return b"".join(part for record in records for part in record)
 
 
-def sizes(message: Message) -> dict[tuple[Kind, str], Any]:
-    """Bytes [D] that `pack` makes of each leaf, computed without packing."""
-    out: dict[tuple[Kind, str], Any] = {}
+Lengths: TypeAlias = dict[tuple[Kind, str], Any]
+
+
+def lengths(message: Message) -> Lengths:
+    """Bytes that `pack` makes of each leaf, computed without packing: [D] of `Rows`, and one number
+    where devices do not differ."""
+    out: Lengths = {}
     for kind, name, leaf in message.leaves():
         if isinstance(leaf, Rows):
-            row = leaf.values.dtype.itemsize * int(np.prod(leaf.values.shape[2:]))
-            dimensions, body = leaf.values.ndim - 1, np.asarray(leaf.n) * row
+            shape, dtype = leaf.row
+            body = np.asarray(leaf.n) * (dtype.itemsize * math.prod(shape))
+            sizes = len(shape) + 1
         else:
-            dimensions, body = (
-                leaf.ndim - 1,
-                np.full(len(leaf), leaf[:1].nbytes if len(leaf) else 0),
-            )
-        out[kind, name] = body + 4 + len(name.encode()) + 4 * dimensions
+            body = leaf.dtype.itemsize * math.prod(leaf.shape[1:])
+            sizes = leaf.ndim - 1
+        out[kind, name] = body + 4 + len(name.encode()) + 4 * sizes
     return out
+
+
+def sizes(message: Message) -> Lengths:
+    """The same as arrays [D], for one device after the other."""
+    known = lengths(message)
+    return {
+        (kind, name): np.broadcast_to(known[kind, name], len(_devices(leaf)))
+        for kind, name, leaf in message.leaves()
+    }
+
+
+def _devices(leaf: Any) -> Any:
+    return leaf.n if isinstance(leaf, Rows) else leaf
 
 
 def unpack(blob: bytes) -> Message:

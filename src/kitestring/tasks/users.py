@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -15,12 +15,31 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Columns = Mapping[str, np.ndarray[Any, Any]]  # column -> [n, ...]; "x" is asked, "y" is the truth
 
 
+class Numbered(Sequence[str]):
+    """The names of made-up users, "user 1" to "user `count`", none of which is made beforehand."""
+
+    def __init__(self, count: int, label: str = "user") -> None:
+        self._numbers, self._label = range(1, count + 1), label
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, user: int) -> str: ...
+    @overload
+    def __getitem__(self, user: slice) -> list[str]: ...
+    def __getitem__(self, user: int | slice) -> str | list[str]:
+        if isinstance(user, slice):
+            return [f"{self._label} {number}" for number in self._numbers[user]]
+        return f"{self._label} {self._numbers[user]}"
+
+
 @dataclass(frozen=True)
 class Users:
     """`load(i)` gives user i's rows by split, made or read when asked for, not before.
 
     `pool` are the users (indices into `names`) whose rows the cloud has; `devices` are the others.
-    """
+    A million users need no lists: `names` may be `Numbered`, and the others a `range`."""
 
     names: Sequence[str]
     load: Callable[[int], Mapping[Split, Columns]]

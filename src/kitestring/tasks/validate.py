@@ -1,6 +1,6 @@
 """What a task gets wrong, told in one line each before anything is computed.
 
-All users are walked once, one at a time; the models see a few rows of one user.
+All users are walked once (of very many only some), one at a time; the models see a few rows of one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kitestring.tasks.task import Array, Metric, Recorded, Task
 from kitestring.tasks.users import SPLITS, Columns, Split
 
 _FEW = 8  # rows on which models, losses and metrics are tried
+_MANY, _SOME = 10_000, 1_000  # users: of more than so many, so few are looked at
 _REPLAYED = ("x", "y", "device", "confidence")
 
 
@@ -69,8 +70,19 @@ class _Seen:
 
 
 def _everybody(task: Task | Recorded) -> Iterator[tuple[int, bool]]:
-    yield from ((i, False) for i in task.users.devices)
-    yield from ((i, True) for i in task.users.pool)
+    yield from ((i, False) for i in _some(task.users.devices))
+    yield from ((i, True) for i in _some(task.users.pool))
+
+
+def _some(users: Sequence[int]) -> Sequence[int]:
+    """All of them, or of very many a sample that reaches from the first to the last."""
+    if len(users) <= _MANY:
+        return users
+    return [users[i] for i in np.linspace(0, len(users) - 1, _SOME).astype(int).tolist()]
+
+
+def _looked_at_all(task: Task | Recorded) -> bool:
+    return max(len(task.users.devices), len(task.users.pool)) <= _MANY
 
 
 def _name(task: Task | Recorded, user: int) -> str:
@@ -81,15 +93,30 @@ def _check_who(task: Task | Recorded) -> None:
     users, where = task.users, f"task {task.name}"
     if not len(users.devices):
         raise DataError("no device users", where, "Bring more users, or a smaller pool")
-    everybody = [*users.devices, *users.pool]
-    strange = [i for i in everybody if not 0 <= i < len(users.names)]
+    known = range(len(users.names))
+    strange = [i for i in (*_ends(users.devices), *_ends(users.pool)) if i not in known]
     if strange:
         what = f"user number {strange[0]} of {len(users.names)} users"
         raise DataError(what, where, "pool and devices are indices into names")
-    twice = len(everybody) - len(set(everybody))
+    twice = _twice(users.devices, users.pool)
     if twice:
         what = f"{twice} users twice in pool and devices"
         raise DataError(what, where, "Put each into one of them: their rows would leak")
+
+
+def _ends(users: Sequence[int]) -> Sequence[int]:
+    """Between the ends of a range there is nothing else."""
+    return [*users[:1], *users[-1:]] if isinstance(users, range) else users
+
+
+def _twice(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many are in both, or in one of them again; a range is not walked, unless both are."""
+    if len(one) < len(other) or not isinstance(one, range):
+        one, other = other, one
+    if not isinstance(one, range):
+        return len(one) + len(other) - len({*one, *other})
+    once = other if isinstance(other, range) else set(other)
+    return sum(i in one for i in once) + len(other) - len(once)
 
 
 # One user's rows
@@ -187,6 +214,8 @@ def _check_truths(task: Task, y: Array, at: str, seen: _Seen) -> None:
 def _check_classes(task: Task | Recorded, seen: _Seen) -> None:
     if not isinstance(task, Task) or task.loss != "cross_entropy" or task.asks != "row":
         return  # of long sequences' vocabularies, some tokens may well be in no row
+    if not _looked_at_all(task):
+        return
     never = [c for c in range(seen.outputs) if c not in seen.trained]
     if never:
         listed = ", ".join(map(str, never[:5])) + (", ..." if len(never) > 5 else "")
@@ -377,6 +406,8 @@ def _notes(task: Task | Recorded, seen: _Seen) -> list[str]:
         found.append(f"{seen.ignored} held-out truths are below 0 and are never answered right.")
     if len(seen.tests) < 10:
         found.append(f"Only {len(seen.tests)} device users: figures per user say little.")
+    if not _looked_at_all(task):
+        found.append(f"Of so many users only {_SOME:,} were looked at, from the first to the last.")
     if np.median(seen.tests) < 5:
         found.append(
             "Half of the users or more have fewer than 5 test rows: their scores are coarse."

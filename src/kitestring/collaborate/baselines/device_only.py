@@ -54,7 +54,7 @@ class DeviceOnly:
         return [Ask("train", cloud.sample(None))]
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
-        fit = devices.fit("small", devices.private, devices.data, **recipe(self))
+        fit = devices.fit("small", devices.private, devices.data, recipe(self))
         return Message(), fit.parameters
 
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:

@@ -68,8 +68,8 @@ class PoolTrained:
             pass
         assert cloud.data is not None
         now = getattr(state, self._field)
-        sgd = recipe(self) | {"lr": cosine(self.lr, state.round, self.rounds)}
-        fit = cloud.fit(self.program, now, cloud.data, **sgd)
+        slower = replace(recipe(self), lr=cosine(self.lr, state.round, self.rounds))
+        fit = cloud.fit(self.program, now, cloud.data, slower)
         return replace(state, round=state.round + 1, **{self._field: fit.parameters})
 
     def serve(self) -> Any:

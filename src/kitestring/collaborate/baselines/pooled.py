@@ -78,10 +78,10 @@ class Pooled:
         if state.round < 0:
             return replace(state, round=0)
         rows = everything(cloud)
-        sgd = recipe(self) | {"lr": cosine(self.lr, state.round, self.rounds)}
-        small = cloud.fit("small", state.weights, rows, **sgd).parameters
+        slower = replace(recipe(self), lr=cosine(self.lr, state.round, self.rounds))
+        small = cloud.fit("small", state.weights, rows, slower).parameters
         some = sample(rows, cloud)
-        large = cloud.fit("large", state.large, some, tag="large", **sgd).parameters
+        large = cloud.fit("large", state.large, some, slower, tag="large").parameters
         return State(state.round + 1, small, large)
 
     def serve(self) -> OnDevice:

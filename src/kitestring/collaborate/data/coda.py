@@ -19,7 +19,19 @@ import numpy as np
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import OnDevice
 from kitestring.collaborate.steps import recipe
-from kitestring.core import Array, Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Rows, Tree
+from kitestring.core import (
+    Array,
+    Ask,
+    Chunk,
+    Cloud,
+    Crossing,
+    Devices,
+    Lane,
+    Message,
+    Recipe,
+    Rows,
+    Tree,
+)
 
 
 @dataclass(frozen=True)
@@ -105,9 +117,9 @@ class CoDA:
         # With too few rows to hold any back, all of them judge.
         some = (held & own["x"].mask()).any(1, keepdims=True)
         judge = {k: r.keep(held | ~some) for k, r in own.items()}
-        alone = devices.fit("small", start, train, tag="alone", **recipe(self)).parameters
+        alone = devices.fit("small", start, train, recipe(self), tag="alone").parameters
         both = {k: train[k].concat(gift[k]) for k in ("x", "y")}
-        helped = devices.fit("small", start, both, tag="helped", **recipe(self)).parameters
+        helped = devices.fit("small", start, both, recipe(self), tag="helped").parameters
         models = [start, alone, helped]
         losses = np.stack([self._loss(w, judge, devices) for w in models])
         best = np.where(np.isfinite(losses), losses, np.inf).argmin(0)
@@ -125,10 +137,8 @@ class CoDA:
         label = Rows(np.ones(a.values.shape[:2], np.float32), a.n)
         other = Rows(np.zeros(b.values.shape[:2], np.float32), b.n)
         rows = {"h": a.concat(b), "y": label.concat(other)}
-        critic = devices.fit(
-            "critic", devices.initial("critic"), rows,
-            lr=0.01, epochs=5, batch=self.batch, optimiser="adam", tag="critic",
-        )  # fmt: skip
+        adam = Recipe(lr=0.01, epochs=5, batch=self.batch, optimiser="adam")
+        critic = devices.fit("critic", devices.initial("critic"), rows, adam, tag="critic")
         logit = devices.predict("critic", critic.parameters, {"h": b})["out"].values
         prior = np.log(np.maximum(1, a.n) / np.maximum(1, b.n))
         near: Array = logit - prior[:, None] > self.keep

@@ -19,7 +19,18 @@ import numpy as np
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import Split
 from kitestring.collaborate.steps import recipe
-from kitestring.core import Array, Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Tree
+from kitestring.core import (
+    Array,
+    Ask,
+    Chunk,
+    Cloud,
+    Crossing,
+    Devices,
+    Lane,
+    Message,
+    Recipe,
+    Tree,
+)
 
 _BLOCK = 16  # devices whose rows the server trains on at a time, whatever the engine's chunk
 
@@ -94,10 +105,10 @@ class FedGKT:
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
         if verb == "start":
-            fit = devices.fit("small", message.parameters, devices.data, **recipe(self))
+            fit = devices.fit("small", message.parameters, devices.data, recipe(self))
         else:
             rows = {**devices.data, "teacher": message.features["logits"]}
-            fit = devices.fit("small.distill", devices.private, rows, **recipe(self))
+            fit = devices.fit("small.distill", devices.private, rows, recipe(self))
         found = devices.predict("small", fit.parameters, {"x": devices.data["x"]})
         up = Tree(h=found["h"], logits=found["out"])
         return Message(features=up, data=Tree(y=devices.data["y"])), fit.parameters
@@ -114,12 +125,11 @@ class FedGKT:
         told.sort()
         blocks = [told[at : at + _BLOCK] for at in range(0, len(told), _BLOCK)]
         server = state.weights.pick("server.")
+        how = Recipe(self.server_lr, self.server_epochs, self.server_batch, self.server_optimiser)
         for block in blocks:
             server = cloud.fit(
-                "server.distill", server, cloud.table.get(block),
-                lr=self.server_lr, epochs=self.server_epochs, batch=self.server_batch,
-                optimiser=self.server_optimiser, tag=f"block {block[0]}",
-            ).parameters  # fmt: skip
+                "server.distill", server, cloud.table.get(block), how, tag=f"block {block[0]}"
+            ).parameters
         for block in blocks:
             logits = cloud.predict("server", server, {"h": cloud.table.get(block)["h"]})["out"]
             cloud.table.put(block, Tree(logits=logits))

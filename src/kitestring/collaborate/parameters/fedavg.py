@@ -69,7 +69,7 @@ class FedAvg:
 
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
         start, n = message.parameters, devices.data["y"].n.astype(np.float32)
-        fit = devices.fit("small", start, devices.data, **recipe(self))
+        fit = devices.fit("small", start, devices.data, recipe(self))
         change = (fit.parameters - start) * n
         return Message(parameters=change, scalars=Tree(examples=n)), devices.private
 

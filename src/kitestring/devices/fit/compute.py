@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from kitestring.core import Array, Fit, Rows, Tree
-from kitestring.devices.fit import sequential, vmapped
+from kitestring.core import Array, Fit, Recipe, Rows, Tree
+from kitestring.devices.fit import check_native, sequential, vmapped
+from kitestring.devices.fit.check_native import native
+from kitestring.devices.fit.compiled.views import Refused
 from kitestring.devices.fit.programs import Program
+from kitestring.devices.fit.recipes import check
 from kitestring.devices.fit.schedule import schedule
-from kitestring.errors import TaskError, unknown
+from kitestring.errors import unknown
 
-How = Literal["auto", "sequential", "vmap"]
+How = Literal["auto", "compiled", "sequential", "vmap"]
 # Operations a row from which convolutions are left one by one. Grouped ones still won narrowly at
 # 2e6 and lost at 7e6 (benchmarks/convolutions.py); where little is won, the reference is taken.
 _HEAVY = 1e6
 _SLICE = 512  # rows of one model predicted at a time
+T = TypeVar("T")
 
 
 class TorchCompute:
-    """`how`: "auto" takes vmap where a module can be mapped and that is faster."""
+    """`how`: "auto" takes compiled code where there is some, then vmap where a module can be
+    mapped and that is faster, then one device after the other. "compiled" does without vmap."""
 
     def __init__(self, programs: Mapping[str, Program], how: How = "auto") -> None:
         self.programs, self.how = programs, how
-        self.used: dict[str, str] = {}  # program -> how it was computed; callers may clear it
-        self._chosen: dict[tuple[str, bool], str] = {}
+        self.used: dict[tuple[str, str], str] = {}  # (program, verb) -> how; callers may clear it
+        self._code = native() if how in ("auto", "compiled") else None
+        self._maps_it: dict[tuple[str, bool], str] = {}
+        self._tried: dict[tuple[str, str, int], str] = {}
 
     def program(self, name: str) -> Program:
         if name not in self.programs:
@@ -41,49 +49,88 @@ class TorchCompute:
 
     def flops(self, program: str, columns: Mapping[str, Rows]) -> float:
         """Of one forward pass over one row."""
-        return self.program(program).flops({k: r.values for k, r in columns.items()})
+        return self.program(program).flops(columns)
 
     def explain(self, program: str) -> str:
-        """How several devices were computed, and why: "vmap", "sequential: ...", or not at all."""
-        return self.used.get(program, "one model")
+        """How it was computed, and why not otherwise: "compiled", "vmap: ...", "sequential: ...";
+        by verb where those differ."""
+        ways = {verb: way for (name, verb), way in sorted(self.used.items()) if name == program}
+        if len(set(ways.values())) == 1:
+            return next(iter(ways.values()))
+        return ", ".join(f"{verb} {way}" for verb, way in ways.items()) or "not at all"
 
     def explain_all(self) -> str:
-        """The same for all programs that were used: one word where all are mapped."""
-        slow = [f"{name} {how}" for name, how in sorted(self.used.items()) if how != "vmap"]
-        return "; ".join(slow) or ("vmap" if self.used else "one model")
+        """The same for all programs that were used: one word where all are compiled."""
+        names = sorted({name for name, _ in self.used})
+        rest = [f"{n} {how}" for n in names if (how := self.explain(n)) != "compiled"]
+        return "; ".join(rest) or ("compiled" if self.used else "not at all")
 
-    def _maps(
-        self, program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bool = False
-    ) -> bool:
-        if len(next(iter(rows.values())).n) == 1:
-            return False
-        key = (program.name, trains)
-        if key not in self._chosen:
-            why = self._why_not(program, weights, rows, trains)
-            self._chosen[key] = f"sequential: {why}" if why else "vmap"
-        if self.used.get(program.name, "vmap") == "vmap":
-            self.used[program.name] = self._chosen[key]
-        return self._chosen[key] == "vmap"
+    def _native(
+        self, p: Program, verb: str, rows: int, agrees: Callable[[], str], run: Callable[[], T]
+    ) -> T | None:
+        """What compiled code gives; None where there is none. On its first use for batches of
+        that many rows it is compared with one device after the other."""
+        why = "llvmlite is not installed" if self.how in ("auto", "compiled") else ""
+        if self._code is not None:
+            key = (p.name, verb, rows)
+            try:
+                if key not in self._tried:
+                    self._tried[key] = agrees()
+                why = self._tried[key]
+                if not why:
+                    found = run()
+                    self.used[p.name, verb] = "compiled"
+                    return found
+            except Refused as reason:
+                why = str(reason)
+        self.used[p.name, verb] = why
+        return None
+
+    def _way(
+        self, p: Program, verb: str, weights: Tree, rows: Mapping[str, Rows], trains: bool = False
+    ) -> ModuleType:
+        """vmap or sequential, for what is not compiled."""
+        not_compiled, one = self.used[p.name, verb], len(next(iter(rows.values())).n) == 1
+        key = (p.name, trains)
+        if not one and key not in self._maps_it:
+            self._maps_it[key] = self._why_not(p, weights, rows, trains)
+        why = "one model" if one else self._maps_it[key]
+        told = "" if why == "one model" else why
+        self._say(p, verb, "sequential" if why else "vmap", not_compiled, told)
+        return sequential if why else vmapped
+
+    def _say(self, p: Program, verb: str, way: str, *reasons: str) -> None:
+        told = "; ".join(dict.fromkeys(r for r in reasons if r))
+        self.used[p.name, verb] = f"{way}: {told}" if told else way
 
     def _why_not(
         self, program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bool
     ) -> str:
         """What keeps devices from being computed all at once; nothing does if empty."""
-        if self.how == "sequential":
-            return "as asked"
+        if self.how in ("sequential", "compiled"):
+            return "as asked" if self.how == "sequential" else "vmap was not asked for"
         why = _unmappable(program, trains) or _probe(program, weights, rows, trains)
         if not why and self.how == "auto" and _convolves(program.module):
-            flops = program.flops({k: r.values for k, r in rows.items()})
-            why = "convolutions of this size are faster so" if flops > _HEAVY else ""
+            heavy = program.flops(rows) > _HEAVY
+            why = "convolutions of this size are faster so" if heavy else ""
         return why
 
     def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
         p, first = self.program(program), next(iter(inputs.values()))
         p.check(weights)
-        if all(len(a) == 1 or a.strides[0] == 0 for a in weights.values()):
+
+        def agrees() -> str:
+            return check_native.predict(self._code, p, weights, inputs)
+
+        found = self._native(
+            p, "predict", check_native.batch(first.n), agrees,
+            lambda: self._code.predict(p, weights, inputs),  # type: ignore[union-attr]
+        )  # fmt: skip
+        if found is None and all(len(a) == 1 or a.strides[0] == 0 for a in weights.values()):
+            self._say(p, "predict", "sequential", self.used[p.name, "predict"])
             found = self._predict_shared(p, weights, inputs)
-        else:
-            way = vmapped if self._maps(p, weights, inputs) else sequential
+        elif found is None:
+            way = self._way(p, "predict", weights, inputs)
             found = way.predict(p, weights, _filled(inputs))
         return Tree({k: Rows(v, first.n) for k, v in found.items()})
 
@@ -114,24 +161,29 @@ class TorchCompute:
         program: str,
         weights: Tree,
         rows: Mapping[str, Rows],
+        recipe: Recipe,
         *,
-        lr: float,
-        epochs: int,
-        batch: int,
-        optimiser: str = "sgd",
+        centre: Tree | None = None,
+        linear: Tree | None = None,
         key: Array,
     ) -> Fit:
         """`key` [D] draws the batches."""
-        if optimiser not in ("sgd", "adam"):
-            raise unknown("optimiser", optimiser, ("sgd", "adam"))
-        p = self.program(program)
-        if p.loss is None:
-            raise TaskError(f"program {program!r} has no loss to train with")
-        p.check(weights)
-        plan = schedule(key, next(iter(rows.values())).n, batch, epochs)
-        mapped = self._maps(p, weights, rows, trains=True)
-        fit = vmapped.fit if mapped else sequential.fit
-        return fit(p, weights, rows, plan, lr=lr, optimiser=optimiser, seeds=key)
+        p, n = self.program(program), next(iter(rows.values())).n
+        check(p, weights, rows, recipe, centre, linear)
+        found = self._native(
+            p, "fit", check_native.batch(n, recipe.batch),
+            lambda: check_native.fit(self._code, p, weights, rows, recipe),
+            lambda: self._code.fit(  # type: ignore[union-attr]
+                p, weights, rows, recipe, centre=centre, linear=linear, seeds=key
+            ),
+        )  # fmt: skip
+        if found is not None:
+            return found
+        plan = schedule(key, n, recipe.batch, recipe.epochs, recipe.shuffle)
+        way = self._way(p, "fit", weights, rows, trains=True)
+        return way.fit(  # type: ignore[no-any-return]
+            p, weights, rows, plan, recipe, centre=centre, linear=linear, seeds=key
+        )
 
     def backward(
         self,
@@ -146,14 +198,24 @@ class TorchCompute:
         p.check(weights)
         real = first.mask()
         share = real.astype(np.float32) if row_weights is None else np.where(real, row_weights, 0)
-        cot = None
-        if cotangent is not None:
-            wide = {k: _as_wide(r, real.shape[1]) for k, r in cotangent.items()}
-            cot = {k: np.where(_wide(real, v), v, np.zeros(1, v.dtype)) for k, v in wide.items()}
-        way = vmapped if self._maps(p, weights, rows) else sequential
-        loss, d_weights, d_columns = way.backward(
-            p, weights, _filled(rows), cot, share.astype(np.float32)
-        )
+        share = share.astype(np.float32)
+        found = self._native(
+            p, "backward", check_native.batch(first.n),
+            lambda: check_native.backward(self._code, p, weights, rows, cotangent),
+            lambda: self._code.backward(  # type: ignore[union-attr]
+                p, weights, rows, cotangent, Rows(share, first.n)
+            ),
+        )  # fmt: skip
+        if found is None:
+            cot = None
+            if cotangent is not None:
+                wide = {k: _as_wide(r, real.shape[1]) for k, r in cotangent.items()}
+                cot = {
+                    k: np.where(_wide(real, v), v, np.zeros(1, v.dtype)) for k, v in wide.items()
+                }
+            way = self._way(p, "backward", weights, rows)
+            found = way.backward(p, weights, _filled(rows), cot, share)
+        loss, d_weights, d_columns = found
         return loss, Tree(d_weights), Tree({k: Rows(v, first.n) for k, v in d_columns.items()})
 
 
@@ -186,6 +248,16 @@ def _filled(rows: Mapping[str, Rows]) -> dict[str, Array]:
     return out
 
 
+def _heads(rows: Rows) -> Array:
+    """The first row of two devices, [2, 1, ...]; zero where there is none."""
+    (flat, start), (shape, dtype) = rows.flat, rows.row
+    heads = np.zeros((2, 1, *shape), dtype)
+    for d in range(2):
+        if rows.n[d]:
+            heads[d, 0] = flat[start[d]]
+    return heads
+
+
 def _convolves(module: nn.Module) -> bool:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
     return any(isinstance(m, kinds) for m in module.modules())
@@ -201,10 +273,7 @@ def _unmappable(program: Program, trains: bool) -> str:
 
 def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bool) -> str:
     """Try two devices of three and two rows; what vmap says when it cannot is the reason."""
-    heads = {
-        k: v[:, :1]
-        for k, v in _filled({k: Rows(r.values[:2], r.n[:2]) for k, r in rows.items()}).items()
-    }
+    heads = {k: _heads(r) for k, r in rows.items()}
     few = {k: np.concatenate([v, v[::-1], v], axis=1) for k, v in heads.items()}
     two = Tree(
         {
@@ -216,18 +285,11 @@ def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bo
         if not trains:
             a, b = vmapped.predict(program, two, few), sequential.predict(program, two, few)
         else:
-            n, key = np.array([3, 2]), np.zeros(2, np.uint64)
-            plan = schedule(key, n, 3, 1)
+            n, key, recipe = np.array([3, 2]), np.zeros(2, np.uint64), Recipe(0.1, batch=3)
+            little = {k: Rows(v, n) for k, v in few.items()}
+            plan = schedule(key, n, recipe.batch, recipe.epochs)
             one, other = (
-                way.fit(
-                    program,
-                    two,
-                    {k: Rows(v, n) for k, v in few.items()},
-                    plan,
-                    lr=0.1,
-                    optimiser="sgd",
-                    seeds=key,
-                ).parameters
+                way.fit(program, two, little, plan, recipe, seeds=key).parameters
                 for way in (vmapped, sequential)
             )
             a, b = dict(one), dict(other)

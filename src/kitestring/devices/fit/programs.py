@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kitestring.core import Array, Tree
+from kitestring.core import Array, Rows, Tree
 from kitestring.errors import TaskError
 
 Batch = Mapping[str, Tensor]
@@ -29,19 +32,32 @@ class Program:
     loss: Callable[[Batch, Batch], Tensor] | None = None
     after: Callable[[Batch, Batch], dict[str, Tensor]] | None = None
     _flops: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
+    _draws: list[bool] = field(default_factory=list, compare=False, repr=False)
+    _own: threading.local = field(default_factory=threading.local, compare=False, repr=False)
 
-    @cached_property
+    @property
     def training(self) -> nn.Module:
-        return copy.deepcopy(self.module).train()
+        """The calling thread's own copy, for weights to be loaded into."""
+        if not hasattr(self._own, "training"):
+            self._own.training = copy.deepcopy(self.module).train()
+        return self._own.training  # type: ignore[no-any-return]
 
-    @cached_property
+    @property
     def evaluating(self) -> nn.Module:
-        return copy.deepcopy(self.module).eval()
+        """The same, as it predicts."""
+        if not hasattr(self._own, "evaluating"):
+            self._own.evaluating = copy.deepcopy(self.module).eval()
+        return self._own.evaluating  # type: ignore[no-any-return]
 
     @cached_property
     def trained(self) -> frozenset[str]:
         """Names that gradients change; frozen weights and statistics are carried along."""
         return frozenset(name for name, p in self.module.named_parameters() if p.requires_grad)
+
+    def chosen(self, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `trained` that a recipe's `train` names, in the module's order."""
+        names = (name for name, _ in self.module.named_parameters() if name in self.trained)
+        return tuple(name for name in names if name.startswith(tuple(prefixes)))
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -66,25 +82,54 @@ class Program:
     def predict(self, outputs: Batch, batch: Batch) -> dict[str, Tensor]:
         return self.after(outputs, batch) if self.after else dict(outputs)
 
-    def flops(self, columns: Mapping[str, np.ndarray]) -> float:
+    def flops(self, columns: Mapping[str, Rows]) -> float:
         """Operations of one forward pass over one row (products and convolutions, 2 per MAC)."""
-        key = tuple((k, v.shape[2:], v.dtype.name) for k, v in sorted(columns.items()))
+        rows = {k: r.row for k, r in sorted(columns.items())}
+        key = tuple((k, shape, np.dtype(dtype).name) for k, (shape, dtype) in rows.items())
         if key not in self._flops:
-            row = {k: torch.zeros((1, *v.shape[2:]), dtype=_torch(v)) for k, v in columns.items()}
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            row = {k: tensor(np.zeros((1, *shape), dtype)) for k, (shape, dtype) in rows.items()}
+            counter = FlopCounterMode(display=False)
+            counter.mod_tracker = _Untracked()  # type: ignore[assignment]
+            with torch.no_grad(), counter:
                 self.evaluating(row)
             self._flops[key] = float(counter.get_total_flops())
         return self._flops[key]
+
+    def draws(self, trial: Callable[[], object]) -> bool:
+        """Whether `trial`, a forward pass in training, takes from torch's generator, as dropout
+        does. It is tried once."""
+        if not self._draws:
+            with _Watch() as watch:
+                trial()
+            self._draws.append(watch.drew)
+        return self._draws[0]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the operations of its thread, those inside of others too."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class _Untracked:
+    """In place of torch's tracker of modules, which hooks those of every thread."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *problem: object) -> None: ...
 
 
 def tensor(array: Array) -> Tensor:
     """Without a copy, except of what is not laid out plainly or may not be written to."""
     plain = array.flags.c_contiguous and array.flags.writeable
     return torch.from_numpy(array if plain else np.array(array))
-
-
-def _torch(array: np.ndarray) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
 def size_in_bytes(weights: Tree) -> int:

@@ -1,25 +1,65 @@
 """One device after the other with plain `nn.Module` and `torch.optim`: the reference, for any
-module.
+module. Several threads may call it at once: each loads weights into modules of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kitestring.core import Array, Fit, Rows, Tree
+from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit.programs import Program, tensor
 from kitestring.devices.fit.schedule import Schedule
 
+_DICE = threading.Lock()  # torch has one generator for all threads: who draws from it is alone
 
-def load(module: nn.Module, weights: Mapping[str, Array], d: int) -> None:
-    state = module.state_dict()
-    with torch.no_grad():
-        for name, stacked in weights.items():
-            state[name].copy_(tensor(stacked[d]))
+
+def _unstacked(stacked: Array) -> tuple[Tensor, ...]:
+    """Each device's leaf; what is broadcast is one tensor over and over."""
+    if stacked.strides[0] == 0:
+        return (tensor(stacked[0]),) * len(stacked)
+    return tensor(stacked).unbind()
+
+
+def _copy(into: list[Tensor], leaves: list[Tensor]) -> None:
+    if into:
+        with torch.no_grad():
+            torch._foreach_copy_(into, leaves)
+
+
+class _Stack:
+    """Weights of D devices: puts one device's into a module, and takes the trained ones out."""
+
+    def __init__(self, module: nn.Module, weights: Tree, still: Sequence[Tensor] = ()) -> None:
+        """Those parameters of the module that stand `still` are given back as they came."""
+        fixed = {id(p) for p in still}
+        self._state = module.state_dict(keep_vars=True)
+        self._weights, self._given = weights, {k: _unstacked(a) for k, a in weights.items()}
+        self._moving = [k for k in weights if id(self._state[k]) not in fixed]
+        self._ends = {
+            k: torch.from_numpy(np.empty_like(weights[k], order="C")) for k in self._moving
+        }
+        self._out = [leaf.unbind() for leaf in self._ends.values()]
+        # What is the same for all and stays so is loaded once.
+        self._each = [k for k in weights if k in self._moving or weights[k].strides[0] != 0]
+        self.load(0, list(weights))
+
+    def load(self, d: int, names: Sequence[str] | None = None) -> None:
+        names = self._each if names is None else names
+        _copy([self._state[k] for k in names], [self._given[k][d] for k in names])
+
+    def take(self, d: int, trained: bool) -> None:
+        """The module's weights as device d's; as they were given if not `trained`."""
+        ends = [self._state[k] if trained else self._given[k][d] for k in self._moving]
+        _copy([leaf[d] for leaf in self._out], ends)
+
+    def tree(self) -> Tree:
+        return Tree({**self._weights, **{k: a.numpy() for k, a in self._ends.items()}})
 
 
 def fit(
@@ -27,50 +67,156 @@ def fit(
     weights: Tree,
     rows: Mapping[str, Rows],
     plan: Schedule,
+    recipe: Recipe,
     *,
-    lr: float,
-    optimiser: str,
+    centre: Tree | None = None,
+    linear: Tree | None = None,
     seeds: Array,
 ) -> Fit:
     """`seeds` [D] make a module's own randomness (dropout) a function of device and exchange."""
+    module, chosen = program.training, program.chosen(recipe.train)
+    named = dict(module.named_parameters())
+    for name, p in named.items():
+        p.requires_grad_(name in chosen)
+    train: list[Tensor] = [named[name] for name in chosen]
+    stack = _Stack(module, weights, [p for p in named.values() if not p.requires_grad])
+    pulls = _by_place(chosen, train, weights if centre is None else centre) if recipe.mu else {}
+    shifts = _by_place(chosen, train, linear or {})
+    optimiser = _optimiser(train, recipe)
+    norms, losses = _norms(module), torch.zeros(len(plan.steps))
+    draws = _draws(program, rows, plan, recipe)
+    with _DICE if draws else nullcontext():
+        for d, total in enumerate(losses.unbind()):
+            if plan.steps[d]:
+                stack.load(d)
+                _recount(program)
+                if draws:
+                    torch.manual_seed(int(seeds[d] >> np.uint64(1)))
+                if optimiser is not None:
+                    optimiser.state.clear()
+                pull = {i: leaves[d] for i, leaves in pulls.items()}
+                shift = {i: leaves[d] for i, leaves in shifts.items()}
+                for batch in _batches(rows, plan, recipe, d):
+                    loss = _loss(program, module, norms, batch)
+                    _descend(loss, train, recipe, optimiser, pull, shift)
+                    total.add_(loss.detach())
+            stack.take(d, trained=plan.steps[d] > 0)
+    mean = losses.numpy() / np.maximum(1, plan.steps).astype(np.float32)
+    return Fit(stack.tree(), mean, plan.steps)
+
+
+def _by_place(
+    chosen: Sequence[str], train: Sequence[Tensor], tree: Mapping[str, Array]
+) -> dict[int, tuple[Tensor, ...]]:
+    """The devices' leaves of a tree, by the place that their weight has in `train`."""
+    return {
+        i: tuple(leaf.to(p.dtype) for leaf in _unstacked(tree[name]))
+        for i, (name, p) in enumerate(zip(chosen, train, strict=True))
+        if name in tree
+    }
+
+
+def _optimiser(train: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer | None:
+    """None for plain descent, which is one line and needs nothing remembered."""
+    if recipe.optimiser == "adam":
+        return torch.optim.Adam(train, recipe.lr, weight_decay=recipe.decay)
+    if recipe.momentum or recipe.decay or recipe.clip is not None:
+        return torch.optim.SGD(
+            train, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.decay
+        )
+    return None
+
+
+def _recount(program: Program) -> None:
+    """What is counted in training, such as batches seen, is no weight, and starts anew."""
+    for count, first in zip(program.training.buffers(), program.module.buffers(), strict=True):
+        if not count.is_floating_point():
+            count.copy_(first)
+
+
+def _batches(
+    rows: Mapping[str, Rows], plan: Schedule, recipe: Recipe, d: int
+) -> Iterator[dict[str, Tensor]]:
+    """The minibatches of device d: slices of its rows where those are not shuffled."""
+    lying, steps = {name: r.flat for name, r in rows.items()}, int(plan.steps[d])
+    n = next(iter(rows.values())).n[d]
+    own = {name: flat[start[d] : start[d] + n] for name, (flat, start) in lying.items()}
+    if recipe.shuffle:
+        for index, count in zip(plan.index[d, :steps], plan.real[d, :steps].sum(-1), strict=True):
+            yield {k: torch.from_numpy(v.take(index[:count], 0)) for k, v in own.items()}
+        return
+    columns = {k: tensor(v) for k, v in own.items()}
+    for _ in range(recipe.epochs):
+        for at in range(0, n, recipe.batch):
+            yield {k: v[at : at + recipe.batch] for k, v in columns.items()}
+
+
+def _norms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _loss(
+    program: Program, module: nn.Module, norms: Sequence[nn.Module], batch: Mapping[str, Tensor]
+) -> Tensor:
     assert program.loss is not None
-    module = program.training
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    out = {name: np.array(stacked) for name, stacked in weights.items()}
-    losses = np.zeros(len(plan.steps), np.float32)
-    for d, steps in enumerate(plan.steps):
-        load(module, weights, d)
-        for count, start in zip(module.buffers(), program.module.buffers(), strict=True):
-            if not count.is_floating_point():  # such as the number of batches seen
-                count.copy_(start)
-        torch.manual_seed(int(seeds[d] >> np.uint64(1)))
-        train = [p for p in module.parameters() if p.requires_grad]
-        step = torch.optim.SGD(train, lr) if optimiser == "sgd" else torch.optim.Adam(train, lr)
-        columns = {k: tensor(r.values[d]) for k, r in rows.items()}
-        for t in range(int(steps)):
-            index = torch.from_numpy(plan.index[d, t][plan.real[d, t]])
-            batch = {k: v[index] for k, v in columns.items()}
-            for norm in norms:  # one row has no statistics: it takes those that there are
-                norm.train(len(index) > 1)
-            step.zero_grad(set_to_none=True)
-            loss = program.loss(module(batch), batch).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            step.step()
-            losses[d] += loss.item() / steps
-        state = module.state_dict()
-        for name, stacked in out.items():
-            stacked[d] = state[name].numpy()
-    return Fit(Tree(out), losses, plan.steps)
+    for norm in norms:  # one row has no statistics: it takes those that there are
+        norm.train(len(next(iter(batch.values()))) > 1)
+    return program.loss(module(batch), batch).mean()
+
+
+def _draws(program: Program, rows: Mapping[str, Rows], plan: Schedule, recipe: Recipe) -> bool:
+    """Whether the module takes from torch's generator in training."""
+
+    def trial() -> None:
+        module = program.training
+        first = next(_batches(rows, plan, recipe, int(plan.steps.argmax())))
+        with _DICE:
+            _loss(program, module, _norms(module), first)
+
+    return bool(plan.steps.any()) and program.draws(trial)
+
+
+def _descend(
+    loss: Tensor,
+    train: list[Tensor],
+    recipe: Recipe,
+    optimiser: torch.optim.Optimizer | None,
+    pull: Mapping[int, Tensor],
+    shift: Mapping[int, Tensor],
+) -> None:
+    """One step of the optimiser; the gradient of what is not in the loss is zero."""
+    if optimiser is None:
+        slopes = list(torch.autograd.grad(loss, train, materialize_grads=True))
+    else:
+        for p in train:
+            p.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in train]
+    with torch.no_grad():
+        for i, centre in pull.items():
+            slopes[i] = slopes[i] + (train[i] - centre) * recipe.mu
+        for i, more in shift.items():
+            slopes[i] = slopes[i] + more
+        if optimiser is None:
+            torch._foreach_add_(train, slopes, alpha=-recipe.lr)
+            return
+    for p, slope in zip(train, slopes, strict=True):
+        p.grad = slope
+    if recipe.clip is not None:
+        nn.utils.clip_grad_norm_(train, recipe.clip)
+    optimiser.step()
 
 
 def predict(program: Program, weights: Tree, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Columns [D, L, ...] -> outputs [D, L, ...]."""
+    module = program.evaluating
+    stack = _Stack(module, weights, list(module.parameters()))
     found: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for d in range(len(next(iter(inputs.values())))):
-            load(program.evaluating, weights, d)
+            stack.load(d)
             batch = {k: tensor(v[d]) for k, v in inputs.items()}
-            found.append(program.predict(program.evaluating(batch), batch))
+            found.append(program.predict(module(batch), batch))
     return {k: torch.stack([out[k] for out in found]).numpy() for k in found[0]}
 
 
@@ -85,9 +231,10 @@ def backward(
 
     The gradients of what `predict` computes: no dropout, and rows do not see one another."""
     module = program.evaluating
+    stack = _Stack(module, weights, list(module.parameters()))
     losses, d_weights, d_columns = [], [], []
     for d in range(len(row_weights)):
-        load(module, weights, d)
+        stack.load(d)
         batch = {k: tensor(v[d]) for k, v in columns.items()}
         wanted = {k: v.requires_grad_() for k, v in batch.items() if v.is_floating_point()}
         named = {k: p for k, p in module.named_parameters() if p.requires_grad}

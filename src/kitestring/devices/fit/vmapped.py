@@ -6,21 +6,24 @@ one: no masked-out work, and the same numbers as one after the other within floa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
-from kitestring.core import Array, Fit, Rows, Tree
+from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit.programs import Program, tensor
 from kitestring.devices.fit.schedule import Schedule
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults
+_CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+Leaves = dict[str, Tensor]
 
 
-def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+def _tensors(arrays: Mapping[str, Array]) -> Leaves:
     return {k: tensor(a) for k, a in arrays.items()}
 
 
@@ -29,57 +32,107 @@ def fit(
     weights: Tree,
     rows: Mapping[str, Rows],
     plan: Schedule,
+    recipe: Recipe,
     *,
-    lr: float,
-    optimiser: str,
+    centre: Tree | None = None,
+    linear: Tree | None = None,
     seeds: Array,
 ) -> Fit:
     """`seeds` are not needed: a module with its own randomness is computed sequentially."""
     module, row_loss = program.training, program.loss
     assert row_loss is not None
 
-    def loss(
-        train: dict[str, Tensor], held: dict[str, Tensor], batch: dict[str, Tensor], w: Tensor
-    ) -> Tensor:
-        return (row_loss(functional_call(module, {**train, **held}, (batch,)), batch) * w).sum()
+    def loss(train: Leaves, held: Leaves, shared: Leaves, batch: Leaves, w: Tensor) -> Tensor:
+        out = functional_call(module, {**train, **held, **shared}, (batch,))
+        return (row_loss(out, batch) * w).sum()
 
-    gradient = vmap(grad_and_value(loss))
+    gradient = vmap(grad_and_value(loss), in_dims=(0, 0, None, 0, 0))
     order = np.argsort(-plan.steps, stable=True)
-    steps = plan.steps[order]
-    values = _tensors({k: a[order] for k, a in weights.items()})
-    columns = _tensors({k: r.values[order] for k, r in rows.items()})
-    index = torch.from_numpy(plan.index[order])
+    steps, index = plan.steps[order], plan.index[order]
     share = plan.real[order] / np.maximum(1, plan.real[order].sum(-1, keepdims=True))
     share = torch.from_numpy(share.astype(np.float32))
-    losses = torch.zeros(len(steps))
-    train = {k: v.clone() for k, v in values.items() if k in program.trained}
-    held = {k: v for k, v in values.items() if k not in program.trained}
-    first = {k: torch.zeros_like(v) for k, v in train.items()} if optimiser == "adam" else {}
-    second = {k: torch.zeros_like(v) for k, v in first.items()}
+    lying = {k: r.flat for k, r in rows.items()}
+    columns = {k: (flat, start[order, None]) for k, (flat, start) in lying.items()}
+
+    train = {k: torch.from_numpy(weights[k][order]) for k in program.chosen(recipe.train)}
+    others = {k: a for k, a in weights.items() if k not in train}
+    shared = {k: tensor(a[0]) for k, a in others.items() if a.strides[0] == 0}
+    held = {k: torch.from_numpy(a[order]) for k, a in others.items() if k not in shared}
+    pulls = _sorted(weights if centre is None else centre, train, order) if recipe.mu else {}
+    shifts = _sorted(linear or {}, train, order)
+    memory = _memory(train, recipe)
+    losses, last = torch.zeros(len(steps)), 0
     for t in range(int(steps.max(initial=0))):
         k = int((steps > t).sum())
-        lane = torch.arange(k)[:, None]
-        batch = {name: v[lane, index[:k, t]] for name, v in columns.items()}
-        now = {name: v[:k] for name, v in train.items()}
-        grads, value = gradient(now, {name: v[:k] for name, v in held.items()}, batch, share[:k, t])
+        if k != last:
+            now, at_rest, *state = (_first(leaves, k) for leaves in (train, held, *memory))
+            pull, shift, last = _first(pulls, k), _first(shifts, k), k
+        batch = {
+            name: torch.from_numpy(flat.take(start[:k] + index[:k, t], 0))
+            for name, (flat, start) in columns.items()
+        }
+        slopes, value = gradient(now, at_rest, shared, batch, share[:k, t])
         losses[:k] += value
-        for name, g in grads.items():
-            if optimiser == "sgd":
-                now[name].sub_(g, alpha=lr)
-            else:
-                m, v = first[name][:k], second[name][:k]
-                m.lerp_(g, 1 - _BETAS[0])
-                v.mul_(_BETAS[1]).addcmul_(g, g, value=1 - _BETAS[1])
-                root = (v.sqrt() / (1 - _BETAS[1] ** (t + 1)) ** 0.5).add_(_EPS)
-                now[name].addcdiv_(m, root, value=-lr / (1 - _BETAS[0] ** (t + 1)))
+        for name, towards in pull.items():
+            slopes[name] = slopes[name].add(now[name] - towards, alpha=recipe.mu)
+        for name, more in shift.items():
+            slopes[name] = slopes[name] + more
+        _descend(now, [slopes[name] for name in now], state, recipe, t + 1)
     back = np.argsort(order)
-    done = {k: train[k].numpy()[back] if k in train else weights[k] for k in weights}
+    done = {k: train[k].numpy()[back] if k in train else a for k, a in weights.items()}
     mean = losses.numpy()[back] / np.maximum(1, plan.steps).astype(np.float32)
     return Fit(Tree(done), mean, plan.steps)
 
 
+def _sorted(tree: Mapping[str, Array], train: Leaves, order: Array) -> Leaves:
+    """Those leaves of a tree that belong to trained weights; [1, ...] where all have the same."""
+    return {
+        k: tensor(a[:1] if a.strides[0] == 0 else a[order]).to(train[k].dtype)
+        for k, a in tree.items()
+        if k in train
+    }
+
+
+def _first(leaves: Leaves, count: int) -> Leaves:
+    return {k: v[:count] for k, v in leaves.items()}
+
+
+def _memory(train: Leaves, recipe: Recipe) -> list[Leaves]:
+    """What the optimiser remembers: Adam's two moments, or the momentum."""
+    count = 2 if recipe.optimiser == "adam" else int(recipe.momentum > 0)
+    return [{k: torch.zeros_like(v) for k, v in train.items()} for _ in range(count)]
+
+
+def _descend(
+    now: Leaves, slopes: list[Tensor], memory: Sequence[Leaves], recipe: Recipe, count: int
+) -> None:
+    """Step number `count` (from 1) of every device, as torch's clip_grad_norm_ and optimisers."""
+    weights, kept = list(now.values()), [list(leaves.values()) for leaves in memory]
+    if recipe.clip is not None:
+        sizes = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in slopes]
+        whole = torch.linalg.vector_norm(torch.stack(sizes), dim=0)
+        cut = (recipe.clip / (whole + _CLIP_EPS)).clamp(max=1)
+        slopes = [g * cut.view(-1, *[1] * (g.ndim - 1)) for g in slopes]
+    if recipe.decay:
+        slopes = list(torch._foreach_add(slopes, weights, alpha=recipe.decay))
+    if recipe.optimiser == "sgd":
+        if recipe.momentum:
+            torch._foreach_mul_(kept[0], recipe.momentum)
+            torch._foreach_add_(kept[0], slopes)
+            slopes = kept[0]
+        torch._foreach_add_(weights, slopes, alpha=-recipe.lr)
+        return
+    torch._foreach_lerp_(kept[0], slopes, 1 - _BETAS[0])
+    torch._foreach_mul_(kept[1], _BETAS[1])
+    torch._foreach_addcmul_(kept[1], slopes, slopes, 1 - _BETAS[1])
+    roots = torch._foreach_sqrt(kept[1])
+    torch._foreach_div_(roots, (1 - _BETAS[1] ** count) ** 0.5)
+    torch._foreach_add_(roots, _EPS)
+    torch._foreach_addcdiv_(weights, kept[0], roots, -recipe.lr / (1 - _BETAS[0] ** count))
+
+
 def predict(program: Program, weights: Tree, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    def one(w: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def one(w: Leaves, batch: Leaves) -> Leaves:
         return program.predict(functional_call(program.evaluating, w, (batch,)), batch)
 
     with torch.no_grad():
@@ -102,9 +155,7 @@ def backward(
     train = {k: v for k, v in values.items() if k in program.trained}
     held = {k: v for k, v in values.items() if k not in program.trained}
 
-    def total(
-        w: dict[str, Tensor], f: dict[str, Tensor], rest: tuple[dict[str, Tensor], ...]
-    ) -> Tensor:
+    def total(w: Leaves, f: Leaves, rest: tuple[Leaves, ...]) -> Tensor:
         fixed, other, cot, share = rest[0], rest[1], rest[2], rest[3]["w"]
         batch = {**other, **f}
         out = functional_call(program.evaluating, {**w, **fixed}, (batch,))

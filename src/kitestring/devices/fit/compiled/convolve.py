@@ -1,0 +1,426 @@
+"""Convolutions as products without unrolled copies, and pooling as strided slices.
+
+The input is copied once into rows of equal pitch with zeros around (and, for a stride s, into
+s x s phases). Then position y * pitch + x of the output reads `pitch * dy + dx` further on in the
+input for each weight: whole images are single vectors, and each weight is a table of offsets. The
+columns between the end of a row and the pitch are computed for nothing and never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+from llvmlite import ir
+from torch.fx import Node
+
+from kitestring.devices.fit.compiled.emit import I64, WIDTH, Emitter, i64
+from kitestring.devices.fit.compiled.kernels import Kernel, Pointers, kernel, pointwise, reduction
+from kitestring.devices.fit.compiled.lowering import Lowering
+from kitestring.devices.fit.compiled.product import COLUMNS, DOT, REGISTERS, runs
+from kitestring.devices.fit.compiled.views import (
+    Buffer,
+    Refused,
+    Value,
+    View,
+    blocks,
+    changed,
+    constant,
+)
+
+_SLACK = 4 * WIDTH  # elements that may be read past the last image
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One convolution in two dimensions; pairs are (height, width)."""
+
+    batch: int
+    groups: int
+    ins: int  # channels of a group
+    outs: int
+    size: tuple[int, int]  # of the input
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def out(self) -> tuple[int, int]:
+        return tuple(  # type: ignore[return-value]
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many phase positions the last weight lies after the first."""
+        pairs = zip(self.dilation, self.kernel, self.stride, strict=True)
+        return tuple(d * (k - 1) // s for d, k, s in pairs)  # type: ignore[return-value]
+
+    def span(self, d: int, phase: tuple[int, int]) -> tuple[int, int, int]:
+        """Inputs of a phase along dimension d: the first one's position, its number, how many.
+
+        Input i lies at padded position i + padding = stride * position + phase."""
+        first = max(0, -(-(self.padding[d] - phase[d]) // self.stride[d]))
+        start = first * self.stride[d] + phase[d] - self.padding[d]
+        count = -(-(self.size[d] - start) // self.stride[d])
+        return first, start, max(0, min(count, self.out[d] + self.reach[d] - first))
+
+    @property
+    def before(self) -> tuple[int, int]:
+        """Zeros that the output's gradient needs above and to the left."""
+        return tuple(  # type: ignore[return-value]
+            max(0, self.reach[d] - min(self.span(d, phase)[0] for phase in self.phases))
+            for d in (0, 1)
+        )
+
+    @property
+    def after(self) -> tuple[int, int]:
+        return tuple(  # type: ignore[return-value]
+            max(0, max(sum(self.span(d, phase)[::2]) for phase in self.phases) - self.out[d])
+            for d in (0, 1)
+        )
+
+    @property
+    def pitch(self) -> int:
+        """From row to row, of the input, the output and its gradient alike. The zeros after a row
+        are those before the next."""
+        wide = (
+            self.size[1] + self.padding[1] if self.stride[1] == 1 else self.out[1] + self.reach[1]
+        )
+        return max(wide, self.out[1] + max(self.before[1], self.after[1]))
+
+    @property
+    def positions(self) -> int:
+        """From the first output to the last, in the pitch."""
+        return (self.out[0] - 1) * self.pitch + self.out[1]
+
+    def place(self, y: int, x: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The phase that weight (y, x) reads, and how far on (rows, columns)."""
+        at = y * self.dilation[0], x * self.dilation[1]
+        s = self.stride
+        return (at[0] % s[0], at[1] % s[1]), (at[0] // s[0], at[1] // s[1])
+
+    @property
+    def phases(self) -> list[tuple[int, int]]:
+        """Those that some weight reads."""
+        spots = [(y, x) for y in range(self.kernel[0]) for x in range(self.kernel[1])]
+        return sorted({self.place(y, x)[0] for y, x in spots})
+
+
+def _shape(x: Value, w: Value, stride: Any, padding: Any, dilation: Any, groups: int) -> Shape:
+    if len(x.shape) != 4:
+        raise Refused(f"a convolution in {len(x.shape) - 2} dimensions")
+    two = [tuple(int(v) for v in pair) for pair in (stride, padding, dilation)]
+    return Shape(
+        x.shape[0],
+        groups,
+        w.shape[1],
+        w.shape[0] // groups,
+        x.shape[2:],
+        w.shape[2:],
+        *two,  # type: ignore[arg-type]
+    )
+
+
+def _flat(low: Lowering, x: Value, w: Value, *pairs: Any) -> tuple[Value, Value, list[Any]]:
+    """One dimension as two."""
+    if len(x.shape) != 3:
+        return x, w, list(pairs)
+    x = low.reshaped(x, (*x.shape[:2], 1, x.shape[2]))
+    w = low.reshaped(w, (*w.shape[:2], 1, w.shape[2]))
+    given = [[fill, *pair] for fill, pair in zip((1, 0, 1), pairs, strict=True)]
+    return x, w, given
+
+
+def _planes(channels: int, s: Shape, phases: int, rows: int) -> View:
+    """Zeros [batch, channels, phases, rows, pitch]; memory of its own starts as zeros, and only
+    the inside is ever written."""
+    pitch = s.pitch
+    shape = (s.batch, channels, phases, rows, pitch)
+    strides = tuple(prod(shape[d + 1 :]) for d in range(5))
+    size = prod(shape) + s.reach[0] * pitch + s.reach[1] + _SLACK
+    return View(Buffer("", "f32", size, fixed=True), shape, strides)
+
+
+def _phased(low: Lowering, x: Value, s: Shape) -> View:
+    """The padded input by phases; that of the forward pass serves the backward pass too."""
+    if (x, s) in low.cache:
+        return low.cache[x, s]  # type: ignore[no-any-return]
+    planes = _planes(s.groups * s.ins, s, len(s.phases), s.out[0] + s.reach[0])
+    low.cache[x, s] = planes
+    for number, phase in enumerate(s.phases):
+        there, here = planes.select(2, number), x
+        spans = [s.span(d, phase) for d in (0, 1)]
+        if min(count for *_, count in spans) > 0:
+            for d, (first, start, count) in enumerate(spans):
+                cut = partial(View.slice, dim=2 + d, start=start, length=count, step=s.stride[d])
+                here, there = changed(here, cut), there.slice(2 + d, first, count)
+            low.put(pointwise(there, here))
+    return planes
+
+
+def _offsets(s: Shape, planes: View, weights: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Where each weight (channel, y, x) of a group reads, from a group's first element."""
+    _, channel, phase_stride, row, _ = planes.strides
+    out = []
+    for c, y, x in weights:
+        phase, (dy, dx) = s.place(y, x)
+        out.append(c * channel + s.phases.index(phase) * phase_stride + dy * row + dx)
+    return out
+
+
+def _weights(s: Shape) -> list[tuple[int, int, int]]:
+    ky, kx = s.kernel
+    return [(c, y, x) for c in range(s.ins) for y in range(ky) for x in range(kx)]
+
+
+def forward(
+    low: Lowering, node: Node, x: Value, w: Value, bias: Any, stride: Any, padding: Any,
+    dilation: Any, transposed: bool, _: Any, groups: int,
+) -> Value:  # fmt: skip
+    if transposed:
+        raise Refused("a transposed convolution")
+    x, w, pairs = _flat(low, x, w, stride, padding, dilation)
+    s = _shape(x, w, *pairs, groups)
+    planes, w = _phased(low, x, s), low.view(w, contiguous=True)
+    flat, out = _output(s, s.outs, *s.out)
+    bias = None if bias is None else low.view(bias)
+    reads = _offsets(s, planes, _weights(s))
+    low.put(correlate(flat, w, _natural(s, w), w.strides[0], planes, reads, 0, bias))
+    return low.reshaped(out, tuple(node.meta["val"].shape))
+
+
+def _natural(s: Shape, w: View) -> list[int]:
+    """Offsets of a row's weights in w [out, in, ky, kx]."""
+    _, c, y, x = w.strides
+    return [a * c + b * y + d * x for a, b, d in _weights(s)]
+
+
+def backward(
+    low: Lowering, node: Node, d_out: Value, x: Value, w: Value, _sizes: Any, stride: Any,
+    padding: Any, dilation: Any, transposed: bool, _: Any, groups: int, wanted: Sequence[bool],
+) -> tuple[Any, ...]:  # fmt: skip
+    if transposed:
+        raise Refused("a transposed convolution")
+    shape_x, shape_w = x.shape, w.shape
+    if len(d_out.shape) == 3:
+        d_out = low.reshaped(d_out, (*d_out.shape[:2], 1, d_out.shape[2]))
+    x, w, pairs = _flat(low, x, w, stride, padding, dilation)
+    s = _shape(x, w, *pairs, groups)
+    w = low.view(w, contiguous=True)
+    d_out = low.view(d_out) if wanted[2] else d_out
+    around = _planes(s.groups * s.outs, s, 1, s.before[0] + s.out[0] + s.after[0])
+    inside = around.select(2, 0)
+    for d in (0, 1):
+        inside = inside.slice(2 + d, s.before[d], s.out[d])
+    low.put(pointwise(inside, d_out))
+    d_x = d_w = d_b = None
+    if wanted[0]:
+        d_x = low.reshaped(_input_slope(low, s, around, w), shape_x)
+    if wanted[1]:
+        d_w = low.reshaped(_weight_slope(low, s, around, inside, x), shape_w)
+    if wanted[2]:
+        total = low.fresh((1, s.groups * s.outs, 1, 1), "f32")
+        low.put(reduction("sum", total, d_out, [0, 2, 3]))
+        d_b = low.reshaped(total, (s.groups * s.outs,))
+    return d_x, d_w, d_b
+
+
+def _weight_slope(low: Lowering, s: Shape, around: View, inside: View, x: Value) -> View:
+    planes = _phased(low, x, s)
+    out = low.fresh((s.groups, s.outs, s.ins * prod(s.kernel)), "f32")
+    low.put(correlate_weights(out, inside, planes, _offsets(s, planes, _weights(s)), s))
+    return low.reshaped(out, (s.groups * s.outs, s.ins, *s.kernel))  # type: ignore[return-value]
+
+
+def _input_slope(low: Lowering, s: Shape, around: View, w: View) -> View:
+    """Each phase is a convolution of the gradient with the weights that read it, turned round."""
+    d_x = low.fresh((s.batch, s.groups * s.ins, *s.size), "f32")
+    read = sum(prod(s.span(d, phase)[2] for d in (0, 1)) for phase in s.phases)
+    if read < prod(s.size):  # some inputs are read by no weight
+        low.put(pointwise(d_x, constant(0.0, "f32", d_x.shape)))
+    _, channel, _, row, _ = around.strides
+    wo, wc, wy, wx = w.strides
+    for phase in s.phases:
+        (y0, y1, high), (x0, x1, wide) = (s.span(d, phase) for d in (0, 1))
+        if not high or not wide:
+            continue
+        spots = [
+            (c, y, x, s.place(y, x)[1])
+            for c in range(s.outs)
+            for y in range(s.kernel[0])
+            for x in range(s.kernel[1])
+            if s.place(y, x)[0] == phase
+        ]
+        top, left = s.before[0] + y0, s.before[1] + x0
+        reads = [c * channel + (top - dy) * row + left - dx for c, _, _, (dy, dx) in spots]
+        taken = [c * wo + y * wy + x * wx for c, y, x, _ in spots]
+        flat, here = _output(s, s.ins, high, wide)
+        low.put(correlate(flat, w, taken, wc, around, reads, s.outs * wo, None))
+        if (high, wide) == s.size:
+            return here
+        there = d_x.slice(2, y1, high, s.stride[0]).slice(3, x1, wide, s.stride[1])
+        low.put(pointwise(there, here))
+    return d_x
+
+
+def _output(s: Shape, channels: int, high: int, wide: int) -> tuple[View, View]:
+    """What a convolution writes, [batch, groups, channels, positions], and its images."""
+    every, span = s.groups * channels, high * s.pitch
+    buffer = Buffer("", "f32", s.batch * every * span + _SLACK)
+    shape = (s.batch, s.groups, channels, (high - 1) * s.pitch + wide)
+    flat = View(buffer, shape, (every * span, channels * span, span, 1))
+    return flat, View(buffer, (s.batch, every, high, wide), (every * span, span, s.pitch, 1))
+
+
+def _table(e: Emitter, values: Sequence[int]) -> Any:
+    """A constant array; offsets in equal steps need none."""
+    kind = ir.ArrayType(I64, len(values))
+    name = e.module.get_unique_name("offsets")
+    table = ir.GlobalVariable(e.module, kind, name)
+    table.initializer = ir.Constant(kind, list(values))
+    table.global_constant = True
+    table.linkage = "internal"
+    return lambda k: e.b.load(e.b.gep(table, [i64(0), k]))
+
+
+def correlate(
+    out: View, w: View, taken: Sequence[int], step: int, planes: View, reads: Sequence[int],
+    group: int, bias: View | None,
+) -> Kernel:  # fmt: skip
+    """out [batch, groups, m, n] = sum over k of w[m * step + taken[k]] planes[reads[k] + n].
+
+    `group` is how far the weights of the next group lie; 0 where rows of w go on."""
+    batch, groups, m, n = out.shape
+    inputs = planes.shape[1] // groups * planes.strides[1]
+    apart = group or m * step
+
+    def emit(e: Emitter, at: Pointers) -> None:
+        b = e.b
+        offset, weight = _table(e, reads), _table(e, taken)
+        image, weights, target = (at[v.buffer] for v in (planes, w, out))  # type: ignore[index]
+        with ExitStack() as stack:
+            i = stack.enter_context(e.loop(batch))
+            g = stack.enter_context(e.loop(groups))
+            start = b.add(b.mul(i, i64(planes.strides[0])), b.mul(g, i64(inputs)))
+            first = b.add(i64(w.offset), b.mul(g, i64(apart)))
+            to = b.add(b.mul(i, i64(out.strides[0])), b.mul(g, i64(out.strides[1])))
+
+            def block(j: Any, wide: int) -> None:
+                parts = [(p, WIDTH) for p in range(0, wide - wide % WIDTH, WIDTH)]
+                parts += blocks(wide, WIDTH)
+
+                def rows(r0: Any, count: int) -> None:
+                    cells = [(r, p) for r in range(count) for p in range(len(parts))]
+                    totals = {c: e.variable(e.kind("f32", parts[c[1]][1])) for c in cells}
+                    for r in range(count):
+                        row = b.add(r0, i64(r))
+                        head = None
+                        if bias is not None:
+                            which = b.add(b.mul(g, i64(m)), row)
+                            head = e.read(at[bias.buffer], bias, [which], 0, 1)  # type: ignore[index]
+                        for p, (_, width) in enumerate(parts):
+                            zero = e.number(0.0, "f32", width)
+                            b.store(zero if head is None else e.splat(head, width), totals[r, p])
+                    with e.loop(len(reads)) as k:
+                        there = b.add(b.add(start, offset(k)), j)
+                        x = [e.load(image, "f32", b.add(there, i64(p)), wd) for p, wd in parts]
+                        where = b.add(first, weight(k))
+                        for r in range(count):
+                            row = b.mul(b.add(r0, i64(r)), i64(step))
+                            a = e.load(weights, "f32", b.add(where, row))
+                            for p, (_, width) in enumerate(parts):
+                                total = totals[r, p]
+                                more = e.fma(e.splat(a, width), x[p], b.load(total))
+                                b.store(more, total)
+                    for r, p in cells:
+                        shift, width = parts[p]
+                        row = b.mul(b.add(r0, i64(r)), i64(out.strides[2]))
+                        place = b.add(b.add(to, row), b.add(j, i64(shift)))
+                        e.store(b.load(totals[r, p]), target, "f32", place, width)
+
+                runs(e, m, max(1, REGISTERS // len(parts)), rows)
+
+            most = COLUMNS * WIDTH
+            whole = n - n % most
+            if whole:
+                with e.loop(whole, step=most) as j:
+                    block(j, most)
+            if n % most:
+                block(i64(whole), n % most)
+
+    return kernel("correlate", emit, out, w, list(taken), step, planes, list(reads), group, bias)
+
+
+def correlate_weights(
+    out: View, inside: View, planes: View, reads: Sequence[int], s: Shape
+) -> Kernel:
+    """out [groups, m, k] = sum over images and positions n of inside[m, n] planes[reads[k] + n].
+
+    Between its rows `inside` holds zeros, so all positions may be taken in one go."""
+    groups, m, count = out.shape
+    inputs = planes.shape[1] // groups * planes.strides[1]
+    n = s.positions
+    rest = n % WIDTH
+    lines = s.before[0] + s.after[0]  # of zeros between the last row and the next image's first
+    sure = s.pitch - s.out[1] + lines * s.pitch >= WIDTH - rest
+
+    def emit(e: Emitter, at: Pointers) -> None:
+        b = e.b
+        offset = _table(e, reads)
+        image, slope, target = (at[v.buffer] for v in (planes, inside, out))  # type: ignore[index]
+
+        def group(g: Any) -> None:
+            def rows(r0: Any, high: int) -> None:
+                def columns(k0: Any, wide: int) -> None:
+                    cells = [(r, c) for r in range(high) for c in range(wide)]
+                    totals = {p: e.variable(e.kind("f32", WIDTH)) for p in cells}
+                    for total in totals.values():
+                        b.store(e.number(0.0, "f32", WIDTH), total)
+                    shifts = [offset(b.add(k0, i64(c))) for c in range(wide)]
+                    with e.loop(s.batch) as i:
+                        here = b.add(b.mul(i, i64(planes.strides[0])), b.mul(g, i64(inputs)))
+                        row = b.add(b.mul(g, i64(m)), r0)
+                        there = b.add(
+                            b.mul(i, i64(inside.strides[0])), b.mul(row, i64(inside.strides[1]))
+                        )
+                        there = b.add(there, i64(inside.offset))
+
+                        def step(j: Any, count: int) -> None:
+                            spots = [
+                                b.add(b.add(there, i64(r * inside.strides[1])), j)
+                                for r in range(high)
+                            ]
+                            d = [e.some(slope, spot, count) for spot in spots]
+                            reads = [b.add(b.add(here, shift), j) for shift in shifts]
+                            x = [e.load(image, "f32", spot, WIDTH) for spot in reads]
+                            for r, c in cells:
+                                total = totals[r, c]
+                                b.store(e.fma(d[r], x[c], b.load(total)), total)
+
+                        if n >= WIDTH:
+                            with e.loop(n - rest, step=WIDTH) as j:
+                                step(j, WIDTH)
+                        if rest:
+                            step(i64(n - rest), WIDTH if sure else rest)
+                    for r, c in cells:
+                        total = e.across("sum", b.load(totals[r, c]), WIDTH)
+                        index = [g, b.add(r0, i64(r)), b.add(k0, i64(c))]
+                        e.write(total, target, out, index, 2, 1)
+
+                runs(e, count, DOT[1], columns)
+
+            runs(e, m, DOT[0], rows)
+
+        with e.loop(groups) as g:
+            group(g)
+
+    return kernel("correlate_weights", emit, out, inside, planes, list(reads), n, sure)

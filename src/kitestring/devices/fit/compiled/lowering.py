@@ -1,0 +1,116 @@
+"""What operations are lowered into: kernels in order, and values that are not yet computed.
+
+Views move no data. Operations element by element are kept as expressions and computed where they
+are used, in one loop, unless several users or a change of shape call for the result in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch.fx import Node
+
+from kitestring.devices.fit.compiled.kernels import (
+    Kernel,
+    add_rows,
+    pointwise,
+)
+from kitestring.devices.fit.compiled.product import lies, product
+from kitestring.devices.fit.compiled.views import (
+    Buffer,
+    Value,
+    View,
+    constant,
+    plain,
+    tried,
+)
+
+HEAVY = {"exp", "log", "log1p", "expm1", "tanh", "sigmoid", "erf", "div", "sqrt"}
+_LONG = 12  # operations in one expression
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A matrix product that has not been computed: it may grow a weight in place."""
+
+    a: View
+    b: View
+
+    def turned(self) -> Product:
+        return Product(self.b.permute([1, 0]), self.a.permute([1, 0]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.a.shape[0], self.b.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class RowsAdded:
+    """`rows` added to zeros at `ids`: the gradient of an embedding."""
+
+    ids: View
+    rows: View
+    shape: tuple[int, ...]
+
+
+Lowered = Value | Product | RowsAdded
+
+
+@dataclass
+class Lowering:
+    """Kernels in order; `late` nodes may stay `Product` or `RowsAdded` for the caller."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    late: frozenset[Node] = frozenset()
+    constants: dict[Buffer, Any] = field(default_factory=dict)  # buffer -> numpy array
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    def put(self, kernel: Kernel) -> None:
+        self.kernels.append(kernel)
+
+    def fresh(self, shape: Sequence[int], dtype: str) -> View:
+        return plain(Buffer("", dtype, max(1, prod(shape))), shape)
+
+    def view(self, value: Lowered, contiguous: bool = False) -> View:
+        """In memory."""
+        if isinstance(value, View) and value.buffer is not None:
+            whole = plain(value.buffer, value.shape)
+            if not contiguous or value.strides == whole.strides:
+                return value
+        if isinstance(value, Product):
+            return self.multiply(value.a, value.b)
+        if isinstance(value, RowsAdded):
+            table = self.fresh(value.shape, "f32")
+            self.put(pointwise(table, constant(0.0, "f32", value.shape)))
+            self.put(add_rows(table, value.ids, value.rows))
+            return table
+        out = self.fresh(value.shape, value.dtype)
+        self.put(pointwise(out, value))
+        return out
+
+    def multiply(self, a: View, b: View, start: View | None = None) -> View:
+        way = lies(a, b)
+        if not way and b.shape[-1] > 1:
+            b = self.view(b, contiguous=True)
+            way = "columns"
+        shape = (*a.shape[:-1], b.shape[-1])
+        out = self.fresh(shape, "f32")
+        if way == "rows":  # computed as its transpose, whose columns lie end to end
+            swapped = self.fresh((*shape[:-2], shape[-1], shape[-2]), "f32")
+            out = swapped.permute([*range(len(shape) - 2), -1, -2])
+        self.put(product(out, a, b, start))
+        return out
+
+    def reshaped(self, value: Value, shape: Sequence[int]) -> Value:
+        shape = tuple(shape)
+        if -1 in shape:
+            rest = prod(value.shape) // max(1, -prod(shape))
+            shape = tuple(rest if s == -1 else s for s in shape)
+        found = tried(value, lambda v: v.reshape(shape))
+        if found is None:
+            found = self.view(value, contiguous=True).reshape(shape)
+        assert found is not None
+        return found

@@ -1,0 +1,167 @@
+"""Compiled training and evaluation of stacked devices: numpy arrays in, numpy arrays out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from kitestring.core import Array, Fit, Recipe, Rows, Tree
+from kitestring.devices.fit.check_native import batch
+from kitestring.devices.fit.compiled import evaluate, train
+from kitestring.devices.fit.compiled.tensors import Columns
+from kitestring.devices.fit.compiled.views import Refused
+from kitestring.devices.fit.programs import Program
+
+T = TypeVar("T")
+_DTYPES = {"float32": "f32", "int64": "i64", "int32": "i32", "uint8": "u8", "bool": "bool"}
+_NUMPY = {short: np.dtype(long) for long, short in _DTYPES.items()}
+
+
+class Code:
+    """What has been compiled of some programs, or why it was refused."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+        self._lock = threading.RLock()
+
+    def _get(self, key: Any, make: Callable[[], T]) -> T:
+        with self._lock:
+            if key not in self._made:
+                try:
+                    self._made[key] = make()
+                except Refused as why:
+                    self._made[key] = why
+            found = self._made[key]
+        if isinstance(found, Refused):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+    def fit(
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows], recipe: Recipe, *,
+        centre: Tree | None = None, linear: Tree | None = None, seeds: Array,
+    ) -> Fit:  # fmt: skip
+        """As `sequential.fit`. Raises `Refused`."""
+        n = np.ascontiguousarray(next(iter(rows.values())).n, np.int64)
+        most = int(n.max(initial=1))
+        if centre is not None and not set(program.chosen(recipe.train)) <= centre.keys():
+            raise Refused("a centre for only some of the weights")
+        kind = train.Kind(
+            batch(n, recipe.batch), _columns(rows),
+            frozenset(program.chosen(recipe.train)), recipe.optimiser, recipe.momentum > 0,
+            recipe.decay > 0, recipe.clip is not None, recipe.mu > 0, linear is not None,
+        )  # fmt: skip
+        made = self._get((program, kind), lambda: train.trainer(program, kind))
+        names = [name for name, trained in made.weights if trained]
+        out = Tree(weights)
+        for name in names:
+            out[name] = np.empty((len(n), *weights[name].shape[1:]), np.float32)
+        memory = made.native.memory()
+        settings = (recipe.lr, -recipe.lr, recipe.momentum, recipe.decay, recipe.mu,
+                    recipe.clip or 0.0)  # fmt: skip
+        memory[made.hyper : made.hyper + 4 * len(settings)].view(np.float32)[:] = settings
+        losses = np.zeros(len(n), np.float32)
+        order = np.empty(2 * most + 256, np.int64)
+        keys = np.ascontiguousarray(seeds, np.uint64)
+        call = _Call()
+        call.numbers(len(n), recipe.epochs, int(recipe.shuffle))
+        call.arrays(memory, n, keys, losses, order)
+        call.columns(rows, kind.columns)
+        for name, trained in made.weights:
+            call.weight(weights[name])
+            if trained:
+                call.arrays(out[name])
+        extra = [weights if centre is None else {**weights, **centre}] if kind.mu else []
+        if linear is not None:
+            zero = {k: np.zeros((1, *weights[k].shape[1:]), np.float32) for k in names}
+            extra.append({**zero, **linear})
+        for tree in extra:
+            for name in names:
+                call.weight(tree[name])
+        made.native(call.given)
+        steps = -(-n // recipe.batch) * recipe.epochs
+        return Fit(out, losses, steps)
+
+    def predict(
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows]
+    ) -> dict[str, Array]:
+        """Outputs [D, L, ...], zero where there is no row. Raises `Refused`."""
+        found, _ = self._evaluate(program, weights, rows, False, ())
+        return found
+
+    def backward(
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows],
+        cotangent: Mapping[str, Rows] | None, row_weights: Rows,
+    ) -> tuple[Array, dict[str, Array], dict[str, Array]]:  # fmt: skip
+        """As `sequential.backward`. Raises `Refused`."""
+        every = dict(rows)
+        if cotangent is None:
+            every["share"] = row_weights
+        else:
+            every.update({f"by:{k}": r for k, r in cotangent.items()})
+        found, sums = self._evaluate(program, weights, every, True, tuple(cotangent or ()))
+        d_weights = {k[2:]: v for k, v in sums.items() if k.startswith("w:")}
+        return sums["loss"], d_weights, {k[2:]: v for k, v in found.items()}
+
+    def _evaluate(
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows], slopes: bool,
+        cotangents: tuple[str, ...],
+    ) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
+        n = np.ascontiguousarray(next(iter(rows.values())).n, np.int64)
+        wide = max(1, int(n.max(initial=0)))
+        kind = evaluate.Kind(batch(n), _columns(rows), slopes, cotangents)
+        made = self._get((program, kind), lambda: evaluate.evaluator(program, kind))
+        found = {name: np.zeros((len(n), wide, *shape), _NUMPY[t]) for name, shape, t in made.rows}
+        sums = {name: np.zeros((len(n), *shape), _NUMPY[t]) for name, shape, t in made.sums}
+        call = _Call()
+        call.numbers(len(n))
+        call.arrays(made.native.memory(), n)
+        call.numbers(wide)
+        call.columns(rows, kind.columns)
+        for name in made.weights:
+            call.weight(weights[name])
+        call.arrays(*found.values(), *sums.values())
+        made.native(call.given)
+        return found, sums
+
+
+def _columns(rows: Mapping[str, Rows]) -> Columns:
+    out = []
+    for name, r in sorted(rows.items()):
+        shape, dtype = r.row
+        if dtype.name not in _DTYPES:
+            raise Refused(f"column {name!r} of type {dtype.name}")
+        out.append((name, tuple(shape), _DTYPES[dtype.name]))
+    return tuple(out)
+
+
+class _Call:
+    """The numbers that a native function is given, and the arrays that they point to."""
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+        self._keep: list[Any] = []
+
+    def numbers(self, *values: int) -> None:
+        self.given += values
+
+    def arrays(self, *values: Array) -> None:
+        self._keep += values
+        self.given += [a.ctypes.data for a in values]
+
+    def columns(self, rows: Mapping[str, Rows], columns: Columns) -> None:
+        for name, _, _ in columns:
+            flat, start = rows[name].flat
+            self.arrays(np.ascontiguousarray(flat), np.ascontiguousarray(start, np.int64))
+
+    def weight(self, stacked: Array) -> None:
+        """[D, ...]: where it is, and how far the next device's lies."""
+        if len(stacked) == 1 or stacked.strides[0] == 0:
+            self.arrays(np.ascontiguousarray(stacked[0], np.float32))
+            self.numbers(0)
+        else:
+            plain = np.ascontiguousarray(stacked, np.float32)
+            self.arrays(plain)
+            self.numbers(plain[0].size)
