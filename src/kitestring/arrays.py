@@ -105,11 +105,8 @@ class Rows:
         return self._values.shape[2:], self._values.dtype
 
     def of(self, devices: Array) -> Rows:
-        """The rows of some of the devices: their positions, or a mask [D]."""
-        if self._values is None:
-            flat, start = self.flat
-            return Rows.lying(flat, start[devices], self.n[devices])
-        return Rows(self._values[devices], self.n[devices])
+        """The rows of some of the devices (positions, or a mask), as wide as they were."""
+        return Rows(self.values[devices], self.n[devices])
 
     def mask(self) -> Array:
         return np.arange(self.shape[1])[None] < self.n[:, None]

@@ -20,9 +20,9 @@ def _one(tree: Tree) -> Tree:
 
 
 def _flat(rows: Mapping[str, Rows]) -> dict[str, Rows]:
-    real = next(iter(rows.values())).mask()
-    count = np.array([int(real.sum())])
-    return {k: Rows(r.values[real][None], count) for k, r in rows.items()}
+    """Side by side, as one device's; columns of the same rows may be padded to different widths."""
+    count = np.array([int(next(iter(rows.values())).n.sum())])
+    return {k: Rows(r.values[r.mask()][None], count) for k, r in rows.items()}
 
 
 class CloudSession:

@@ -73,7 +73,8 @@ class Bench:
         """Programs with the initial weights of that seed."""
         made: dict[int, TorchCompute] = self._computes  # type: ignore[attr-defined]
         if seed not in made:
-            made[seed] = TorchCompute(self._programs(seed), self.how)
+            first = next(iter(made.values()), None)
+            made[seed] = TorchCompute(self._programs(seed), self.how, like=first)
         return made[seed]
 
     def _programs(self, seed: int) -> Any:

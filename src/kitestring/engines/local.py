@@ -37,8 +37,9 @@ class Setting:
     """What an engine needs beside the collaboration.
 
     `chunk` devices are computed at a time; None chooses: as many as have 2 MiB of parameters, and
-    no fewer chunks than workers. `workers` threads compute chunks (where the hands let them: those
-    in another process take one at a time), which changes no result."""
+    no fewer chunks than workers. `workers` threads compute chunks, where the hands let them: those
+    in another process take one at a time. Results do not depend on how many there are; on the
+    chunk, sums over devices do, in the last digits of a float64."""
 
     population: Population
     profile: Profile
@@ -164,6 +165,7 @@ class LocalEngine:
                         total = fold.add(total, a.kept)
                     elif good:
                         yield Chunk(ask.key, a.ids[a.good], a.kept, good)
+                    del a  # so that it is gone while the next is awaited
             if total is not None and count:
                 yield Chunk(ask.key, None, total, count)
         self.ledger.add(self.purpose, clock=slowest)
@@ -177,9 +179,8 @@ class LocalEngine:
             raise ProtocolError("a device is asked twice in one exchange", self.name)
 
     def _answered(self, ask: Ask) -> Generator[_Answered, None, None]:
-        """Chunk by chunk. Of those that are summed only the sums wait: more may be begun."""
-        workers = self._workers
-        ahead = 2 * workers if ask.reduce == "sum" and ask.each is None else workers
+        """Chunk by chunk. Where they are not summed, who asked has one of them in hand."""
+        ahead = self._workers + (ask.reduce == "sum")
         return in_order(self._calls(ask), self._threads, ahead)
 
     def _calls(self, ask: Ask) -> Iterator[Callable[[], _Answered]]:

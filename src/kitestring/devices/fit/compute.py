@@ -31,12 +31,23 @@ class TorchCompute:
     """`how`: "auto" takes compiled code where there is some, then vmap where a module can be
     mapped and that is faster, then one device after the other. "compiled" does without vmap."""
 
-    def __init__(self, programs: Mapping[str, Program], how: How = "auto") -> None:
-        self.programs, self.how = programs, how
+    def __init__(
+        self, programs: Mapping[str, Program], how: How = "auto", like: TorchCompute | None = None
+    ) -> None:
+        """`like`: of the same programs with other initial weights; what it has compiled and
+        tried serves here too."""
+        self.how = how
         self.used: dict[tuple[str, str], str] = {}  # (program, verb) -> how; callers may clear it
+        self._initial = {name: p.initial() for name, p in programs.items()}
         self._code = native() if how in ("auto", "compiled") else None
         self._maps_it: dict[tuple[str, bool], str] = {}
         self._tried: dict[tuple[str, str, int], str] = {}
+        self.programs = programs
+        if like is not None and like.how == how:
+            shared = programs.keys() & like.programs.keys()
+            if all(programs[name].resembles(like.programs[name]) for name in shared):
+                self.programs = {**programs, **{name: like.programs[name] for name in shared}}
+                self._code, self._maps_it, self._tried = like._code, like._maps_it, like._tried
 
     def program(self, name: str) -> Program:
         if name not in self.programs:
@@ -45,7 +56,8 @@ class TorchCompute:
 
     def initial(self, program: str) -> Tree:
         """Without a device axis."""
-        return self.program(program).initial()
+        self.program(program)
+        return Tree({name: a.copy() for name, a in self._initial[program].items()})
 
     def flops(self, program: str, columns: Mapping[str, Rows]) -> float:
         """Of one forward pass over one row."""

@@ -79,6 +79,27 @@ class Program:
             {k: v.detach().numpy().copy() for k, v in state.items() if v.is_floating_point()}
         )
 
+    def resembles(self, other: Program) -> bool:
+        """The same computation but for its floating-point weights, as far as can be seen: a
+        module that keeps tensors of its own beside them resembles none."""
+        mine, theirs = self.module.state_dict(), other.module.state_dict()
+        return (
+            repr(self.module) == repr(other.module)
+            and mine.keys() == theirs.keys()
+            and all(
+                v.shape == theirs[k].shape
+                and v.dtype == theirs[k].dtype
+                and (v.is_floating_point() or bool((v == theirs[k]).all()))
+                for k, v in mine.items()
+            )
+            and self.trained == other.trained
+            and not any(
+                isinstance(v, Tensor | np.ndarray)
+                for m in self.module.modules()
+                for v in vars(m).values()
+            )
+        )
+
     def predict(self, outputs: Batch, batch: Batch) -> dict[str, Tensor]:
         return self.after(outputs, batch) if self.after else dict(outputs)
 

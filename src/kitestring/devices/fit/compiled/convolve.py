@@ -316,7 +316,10 @@ def correlate(
 
             def block(j: Any, wide: int) -> None:
                 parts = [(p, WIDTH) for p in range(0, wide - wide % WIDTH, WIDTH)]
-                parts += blocks(wide, WIDTH)
+                if wide % WIDTH and n >= WIDTH:  # the last vector computes some of them again
+                    parts.append((wide - WIDTH, WIDTH))
+                elif wide % WIDTH:
+                    parts += blocks(wide, WIDTH)
 
                 def rows(r0: Any, count: int) -> None:
                     cells = [(r, p) for r in range(count) for p in range(len(parts))]

@@ -58,6 +58,8 @@ def evaluator(program: Program, kind: Kind) -> Evaluator:
         graph, outputs = trace.forward(program, state, batch)
     inputs = [views[k] for k in names] + [columns[k] for k in sorted(columns)]
     low, found = lower(graph, inputs)
+    if low.draws:
+        raise Refused("it draws when it predicts")
     rows, sums, fixed = [], [], [weights, *(v.buffer for v in columns.values() if v.buffer)]
     results: dict[str, View] = {}
     for name, value in zip(outputs, found, strict=True):

@@ -66,6 +66,7 @@ class Lowering:
     kernels: list[Kernel] = field(default_factory=list)
     late: frozenset[Node] = frozenset()
     constants: dict[Buffer, Any] = field(default_factory=dict)  # buffer -> numpy array
+    draws: list[tuple[View, float]] = field(default_factory=list)  # 1 with that chance, else 0
     cache: dict[Any, Any] = field(default_factory=dict)
 
     def put(self, kernel: Kernel) -> None:

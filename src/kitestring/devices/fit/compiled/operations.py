@@ -12,7 +12,16 @@ from kitestring.devices.fit.compiled import convolve, pool
 from kitestring.devices.fit.compiled.kernels import add_rows, pick, pointwise, reduction, take_rows
 from kitestring.devices.fit.compiled.lowering import HEAVY, Lowering, Product, RowsAdded
 from kitestring.devices.fit.compiled.tensors import named
-from kitestring.devices.fit.compiled.views import Expr, Refused, Value, View, changed, constant
+from kitestring.devices.fit.compiled.views import (
+    Buffer,
+    Expr,
+    Refused,
+    Value,
+    View,
+    changed,
+    constant,
+    plain,
+)
 
 
 def dtype_of(node: Node) -> str:
@@ -374,6 +383,14 @@ def _strided(
     return View(x.buffer, tuple(shape), tuple(strides), at)
 
 
+def _bernoulli(low: Lowering, node: Node, x: Value, p: float, *_: Any) -> Value:
+    """Drawn outside, before each step: what a dropout keeps."""
+    shape = _shape(node)
+    out = plain(Buffer("draw", "f32", max(1, prod(shape)), fixed=True), shape)
+    low.draws.append((out, float(p)))
+    return out
+
+
 def _repeat(low: Lowering, node: Node, x: Value, times: Sequence[int]) -> Value:
     shape = (1,) * (len(times) - len(x.shape)) + x.shape
     apart = [n for pair in zip((1,) * len(shape), shape, strict=True) for n in pair]
@@ -454,7 +471,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "cat": _cat, "slice_scatter": _scatter_part, "select_scatter": _scatter_part,
     "constant_pad_nd": _pad,
     "sum": _sum, "prims.sum": _sum, "amax": _extreme("amax"), "amin": _extreme("amin"),
-    "any": _any, "linalg_vector_norm": _norm, "repeat": _repeat,
+    "any": _any, "bernoulli": _bernoulli, "linalg_vector_norm": _norm, "repeat": _repeat,
     "mean": _mean, "prims.var": _var, "var": _var, "prims.div": _pointwise("div"),
     "mm": _mm, "bmm": _mm, "addmm": _addmm,
     "embedding": _embedding, "index": _index, "index_put": _index_put,

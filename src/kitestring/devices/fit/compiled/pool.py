@@ -8,9 +8,11 @@ from typing import Any
 
 from torch.fx import Node
 
-from kitestring.devices.fit.compiled.kernels import pointwise
+from kitestring.devices.fit.compiled.kernels import pointwise, reduction
 from kitestring.devices.fit.compiled.lowering import Lowering
 from kitestring.devices.fit.compiled.views import Expr, Refused, Value, View, constant
+
+_WINDOWS = 64  # of an adaptive pooling, each with code of its own
 
 
 def _windows(
@@ -134,16 +136,44 @@ def mean_pool_backward(
     return _spread(low, x, d.shape, kernel_, stride, padding, lambda _: part)
 
 
-def _even(size: Sequence[int], out: Sequence[int]) -> list[int]:
-    if any(n % o for n, o in zip(size, out, strict=True)):
-        raise Refused("adaptive pooling into uneven windows")
-    return [n // o for n, o in zip(size, out, strict=True)]
+def _cuts(size: Sequence[int], out: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Start and length of torch's adaptive windows, by dimension."""
+    found = [
+        [(i * n // o, -(-(i + 1) * n // o) - i * n // o) for i in range(o)]
+        for n, o in zip(size, out, strict=True)
+    ]
+    if prod(map(len, found)) > _WINDOWS:
+        raise Refused("adaptive pooling into many windows")
+    return found
+
+
+def _cut(x: View, y: tuple[int, int], z: tuple[int, int]) -> View:
+    return x.slice(-2, *y).slice(-1, *z)
 
 
 def adaptive_pool(low: Lowering, node: Node, x: Value, out: Any) -> Value:
-    return mean_pool(low, node, x, _even(x.shape[-2:], node.meta["val"].shape[-2:]))
+    x, shape = low.view(x), tuple(node.meta["val"].shape)
+    total = low.fresh(shape, "f32")
+    rows, columns = _cuts(x.shape[-2:], shape[-2:])
+    for i, y in enumerate(rows):
+        for j, z in enumerate(columns):
+            window = _cut(x, y, z)
+            dims = [len(shape) - 2, len(shape) - 1]
+            part = low.fresh((*shape[:-2], 1, 1), "f32")
+            low.put(reduction("sum", part, window, dims))
+            mean = Expr("mul", (part, 1.0 / (y[1] * z[1])), "f32", part.shape)
+            low.put(pointwise(_cut(total, (i, 1), (j, 1)), mean))
+    return total
 
 
 def adaptive_pool_backward(low: Lowering, node: Node, d: Value, x: Value) -> Value:
-    window = _even(x.shape[-2:], d.shape[-2:])
-    return mean_pool_backward(low, node, d, x, window, (), 0, False, True, None)
+    d, out = low.view(d), low.fresh(x.shape, "f32")
+    low.put(pointwise(out, constant(0.0, "f32", x.shape)))
+    rows, columns = _cuts(x.shape[-2:], d.shape[-2:])
+    for i, y in enumerate(rows):
+        for j, z in enumerate(columns):
+            window = _cut(out, y, z)
+            part = _cut(d, (i, 1), (j, 1)).expand(window.shape)
+            share = Expr("mul", (part, 1.0 / (y[1] * z[1])), "f32", window.shape)
+            low.put(pointwise(window, Expr("add", (window, share), "f32", window.shape)))
+    return out

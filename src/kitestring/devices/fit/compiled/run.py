@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit.check_native import batch
 from kitestring.devices.fit.compiled import evaluate, train
 from kitestring.devices.fit.compiled.tensors import Columns
-from kitestring.devices.fit.compiled.views import Refused
+from kitestring.devices.fit.compiled.views import Refused, View
 from kitestring.devices.fit.programs import Program
 
 T = TypeVar("T")
@@ -66,6 +68,7 @@ class Code:
         order = np.empty(2 * most + 256, np.int64)
         keys = np.ascontiguousarray(seeds, np.uint64)
         call = _Call()
+        call.draws(made.draws, memory, keys)
         call.numbers(len(n), recipe.epochs, int(recipe.shuffle))
         call.arrays(memory, n, keys, losses, order)
         call.columns(rows, kind.columns)
@@ -137,6 +140,15 @@ def _columns(rows: Mapping[str, Rows]) -> Columns:
     return tuple(out)
 
 
+def _at(memory: Array, view: View) -> Array:
+    assert view.buffer is not None
+    start = view.buffer.at
+    return memory[start : start + 4 * view.buffer.size].view(np.float32).reshape(view.shape)
+
+
+_FILL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+
 class _Call:
     """The numbers that a native function is given, and the arrays that they point to."""
 
@@ -150,6 +162,24 @@ class _Call:
     def arrays(self, *values: Array) -> None:
         self._keep += values
         self.given += [a.ctypes.data for a in values]
+
+    def draws(self, draws: Sequence[tuple[View, float]], memory: Array, keys: Array) -> None:
+        """A function that fills memory with what torch would draw for that step, seeded for each
+        device as `sequential.fit` does it."""
+        if not draws:
+            return self.numbers(0)
+        dice = torch.Generator()
+        places = [(torch.from_numpy(_at(memory, view)), p) for view, p in draws]
+
+        def fill(device: int, step: int, real: int) -> None:
+            if step == 0:
+                dice.manual_seed(int(keys[device] >> np.uint64(1)))
+            for place, p in places:
+                place[:real].bernoulli_(p, generator=dice)
+
+        function = _FILL(fill)
+        self._keep.append(function)
+        return self.numbers(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
     def columns(self, rows: Mapping[str, Rows], columns: Columns) -> None:
         for name, _, _ in columns:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize, grad_and_value
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -136,7 +136,7 @@ def _graph(
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
             traced = make_fx(functionalize(f), decomposition_table=dict(table()))(w, columns)
-            if _in_place(traced):
+            if not _out_of_place(traced):
                 traced = make_fx(functionalize(traced))(w, columns)
     except _UNTRACEABLE as problem:
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
@@ -148,6 +148,31 @@ def _graph(
     return traced  # type: ignore[no-any-return]
 
 
-def _in_place(traced: GraphModule) -> bool:
-    """Some of torch's own ways to take operations apart write in place."""
-    return any("_." in str(n.target) or str(n.target).endswith("_") for n in traced.graph.nodes)
+_VIEWS = {"view", "permute", "slice", "select", "expand", "squeeze", "unsqueeze", "as_strided",
+          "getitem", "alias", "detach", "t", "transpose"}  # fmt: skip
+
+
+def _out_of_place(traced: GraphModule) -> bool:
+    """Some of torch's own ways to take operations apart write in place: where nothing else looks
+    at what is overwritten, the same operation out of place is the same. False: not everywhere."""
+    order = {node: at for at, node in enumerate(traced.graph.nodes)}
+    for node, at in order.items():
+        name = _name(node)
+        if not name.endswith("_") or node.op != "call_function":
+            continue
+        old = node.args[0]
+        if not isinstance(old, Node) or old.op != "call_function" or _name(old) in _VIEWS:
+            return False
+        others = [user for user in old.users if user is not node]
+        if any(order[user] > at or _name(user) in _VIEWS for user in others):
+            return False
+        packet = getattr(aten, name[:-1], None)
+        if packet is None:
+            return False
+        node.target = getattr(packet, str(node.target).rsplit(".", 1)[-1])
+    return True
+
+
+def _name(node: Node) -> str:
+    parts = getattr(node.target, "__name__", str(node.target)).split(".")
+    return parts[-2] if len(parts) > 1 and parts[0] in ("aten", "prims") else parts[0]

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from kitestring.devices.fit.compiled import trace
 from kitestring.devices.fit.compiled.build import Builder, Native, compiled, step_function
-from kitestring.devices.fit.compiled.emit import BYTES, F32, FLAGS, WIDTH, Emitter, i64
+from kitestring.devices.fit.compiled.emit import BYTES, F32, FLAGS, I64, WIDTH, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Kernel, add_rows, pointwise
 from kitestring.devices.fit.compiled.lower import lower
 from kitestring.devices.fit.compiled.lowering import Lowering, Product, RowsAdded
@@ -29,6 +29,7 @@ from kitestring.devices.fit.compiled.tensors import (
 from kitestring.devices.fit.compiled.views import SIZES, Buffer, Expr, View, leaves, plain
 from kitestring.devices.fit.programs import Program
 
+FILL = ir.FunctionType(ir.VoidType(), [I64, I64, I64])  # device, step, rows that count
 HYPER = ("lr", "less", "momentum", "decay", "mu", "clip")
 
 
@@ -59,7 +60,7 @@ class Trainer:
     native: Native
     weights: tuple[tuple[str, bool], ...]  # names in order, and which are trained
     hyper: int  # where the settings lie in memory
-    trained: int  # floats
+    draws: tuple[tuple[View, float], ...]  # filled before every step
 
 
 def trainer(program: Program, kind: Kind) -> Trainer:
@@ -97,11 +98,11 @@ def trainer(program: Program, kind: Kind) -> Trainer:
     size_bytes = place([b for b in fixed if b], low.kernels)
     builder = Builder()
     _drive(builder, low.kernels, kind, views, trained, held, columns, share, total, hyper, extra,
-           size)  # fmt: skip
+           size, bool(low.draws))  # fmt: skip
     native = compiled(builder, size_bytes, low.constants)
     order = tuple((k, True) for k in trained) + tuple((k, False) for k in held)
     assert hyper.buffer
-    return Trainer(native, order, hyper.buffer.at, size)
+    return Trainer(native, order, hyper.buffer.at, tuple(low.draws))
 
 
 def _grow(
@@ -138,13 +139,14 @@ def _into(low: Lowering, aim: View, slope: Any) -> None:
 def _drive(
     builder: Builder, kernels: Sequence[Kernel], kind: Kind, views: Mapping[str, View],
     trained: Sequence[str], held: Sequence[str], columns: Mapping[str, View], share: View,
-    total: View, hyper: View, extra: Mapping[str, Buffer], size: int,
+    total: View, hyper: View, extra: Mapping[str, Buffer], size: int, draws: bool,
 ) -> None:  # fmt: skip
     """for each device: load its weights; for each epoch, each batch: gather, step; store them.
 
-    Numbers given: devices, epochs, shuffle, memory, n, keys, losses, order; then for each column
-    its rows and starts; for each weight where it is, how far the next device's lies (0: shared),
-    where it goes; and the same (without where it goes) for centre and linear where they are used.
+    Numbers given: a function that draws (if anything is drawn), devices, epochs, shuffle, memory,
+    n, keys, losses, order; then for each column its rows and starts; for each weight where it is,
+    how far the next device's lies (0: shared) and, if it is trained, where it goes; and the first
+    two for each trained weight's centre and linear term where those are used.
     """
     step = step_function(builder, kernels)
     e, numbers = builder.main()
@@ -157,6 +159,7 @@ def _drive(
     def pointer() -> Any:
         return b.inttoptr(given(), BYTES)
 
+    fill = b.inttoptr(given(), FILL.as_pointer())
     devices, epochs, shuffle, memory, n_at, keys, losses, order = (
         given(), given(), given(), pointer(), pointer(), pointer(), pointer(), pointer(),
     )  # fmt: skip
@@ -201,6 +204,8 @@ def _drive(
                     counted = b.icmp_signed("<", row, real)
                     value = b.select(counted, weight, ir.Constant(F32, 0.0))
                     e.store(value, at(share.buffer), "f32", row)
+                if draws:
+                    b.call(fill, [d, b.add(b.mul(epoch, steps), t), real])
                 b.call(step, [memory])
                 found = e.load(at(total.buffer), "f32", i64(0))
                 b.store(b.fadd(b.load(loss), found), loss)
