@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 import tiny
 from drawn_modules import draw
+from kitestring.arrays import Touched
 from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.fit.programs import Program
+from kitestring.errors import TaskError
 from modules import devices, keys, program
+from told import told
 
 NEAR = 1e-4
 
@@ -38,13 +41,27 @@ def near(a: Any, b: Any, room: float = NEAR) -> bool:
     return np.allclose(a, b, rtol=0, atol=room * size + 1e-6, equal_nan=True)
 
 
-@settings(max_examples=14)
-@given(
+RAGGED = given(
     st.integers(0, 400),
     st.lists(st.integers(0, 25), min_size=2, max_size=4),
     st.sampled_from([Recipe(0.02, 1, 10), Recipe(0.02, 2, 4, shuffle=False)]),
 )
+
+
+@settings(max_examples=4)
+@RAGGED
 def test_random_modules_on_ragged_devices(seed: int, n: list[int], recipe: Recipe) -> None:
+    held_against_torch(seed, n, recipe)
+
+
+@pytest.mark.slow
+@settings(max_examples=80)
+@RAGGED
+def test_many_random_modules(seed: int, n: list[int], recipe: Recipe) -> None:
+    held_against_torch(seed, n, recipe)
+
+
+def held_against_torch(seed: int, n: list[int], recipe: Recipe) -> None:
     drawn, draws = draw(seed), np.random.default_rng(seed)
     made = Program("p", drawn.module, drawn.loss)
     rows = lying(drawn.columns(max(1, sum(n)), draws), n)
@@ -142,7 +159,7 @@ def test_what_it_has_no_code_for_goes_to_what_has_and_says_so() -> None:
     compute = TorchCompute({"p": made})
     compute.fit("p", weights, rows, Recipe(0.1), key=keys(2))
     assert "recurrent layers are unrolled" in compute.explain("p")
-    assert compute.explain_all().startswith("p sequential: ")
+    assert compute.explain_all().startswith("p vmap: recurrent")
 
 
 def test_without_llvmlite_all_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +184,7 @@ def test_threads_share_code_and_nothing_else() -> None:
 def test_programs_that_differ_only_in_weights_share_code() -> None:
     """And those that do not, do not: another activation, or tensors beside the weights."""
     torch.manual_seed(1)
-    made, weights, rows = devices("mlp", [5, 7], seed=0)
+    made = devices("mlp", [5, 7], seed=0)[0]
     other = devices("mlp", [5, 7], seed=1)[0]
     first = TorchCompute({"p": made}, "compiled")
     second = TorchCompute({"p": other}, "compiled", like=first)
@@ -190,3 +207,84 @@ def test_weights_stay_where_they_came_from() -> None:
     compute.fit("p", weights, rows, Recipe(0.5), key=keys(2))
     assert all(np.array_equal(weights[k], a) for k, a in before.items())
     assert all(np.array_equal(one[k], a) for k, a in kept.items())
+
+
+# --- embeddings of which a device sees little
+
+
+class Lookup(nn.Module):
+    def __init__(self, rows: int = 3000) -> None:
+        super().__init__()
+        self.items, self.out = nn.Embedding(rows, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.items(x).mean(1))  # type: ignore[no-any-return]
+
+
+def looked_up(n: list[int]) -> tuple[Program, Tree, dict[str, Rows]]:
+    torch.manual_seed(0)
+    made, draws = program(Lookup()), np.random.default_rng(0)
+    columns = {"x": draws.integers(0, 3000, (sum(n), 2)), "y": draws.integers(0, 3, sum(n))}
+    start = Tree({k: np.broadcast_to(a, (len(n), *a.shape)) for k, a in made.initial().items()})
+    return made, start, lying(columns, n)
+
+
+def test_only_touched_rows_of_a_table_are_looked_at() -> None:
+    """The table comes back as what differs from the start, and is the whole array to anyone."""
+    n = [7, 0, 30, 12]
+    made, start, rows = looked_up(n)
+    table, recipe, key = "inner.items.weight", Recipe(0.5, 2, 10), keys(4)
+    fit = TorchCompute({"p": made}, "compiled").fit("p", start, rows, recipe, key=key)
+    plain = TorchCompute({"p": made}, "sequential").fit("p", start, rows, recipe, key=key)
+    assert isinstance(fit.parameters[table], Touched)
+    wanted = plain.parameters[table]
+    assert near(np.asarray(fit.parameters[table]), wanted)
+    assert np.array_equal(fit.parameters[table][1], start[table][1])
+    weight = np.array(n, np.float32)
+    change = (fit.parameters - start) * weight
+    assert isinstance(change[table], Touched)
+    dense = (plain.parameters - start) * weight
+    assert near(np.asarray(change[table]), dense[table])
+    total = np.add.reduce(change[table], 0, dtype=np.float64, keepdims=True)
+    assert near(total, dense[table].sum(0, np.float64, keepdims=True))
+    touched = {int(i) for d in range(4) for i in rows["x"].values[d, : n[d]].ravel()}
+    assert set(np.flatnonzero(total[0].any(1))) <= touched
+
+
+@pytest.mark.parametrize("way", ["momentum", "own starts", "used twice"])
+def test_other_uses_of_a_table_are_computed_whole(way: str) -> None:
+    n = [7, 12]
+    made, start, rows = looked_up(n)
+    recipe = Recipe(0.5, 1, 10, momentum=0.9 if way == "momentum" else 0.0)
+    if way == "own starts":
+        start = Tree(
+            {k: a + np.arange(2).reshape(-1, *[1] * (a.ndim - 1)) for k, a in start.items()}
+        )
+        start = Tree({k: a.astype(np.float32) for k, a in start.items()})
+    if way == "used twice":
+        inner = made.module.inner
+        inner.forward = lambda x: inner.out(inner.items(x).mean(1) + inner.items.weight[0])  # type: ignore
+    fits = [
+        TorchCompute({"p": made}, how).fit("p", start, rows, recipe, key=keys(2)).parameters  # type: ignore[arg-type]
+        for how in ("compiled", "sequential")
+    ]
+    assert not isinstance(fits[0]["inner.items.weight"], Touched)
+    assert all(near(fits[0][k], a) for k, a in fits[1].items())
+
+
+@pytest.mark.parametrize("verb", ["fit", "predict"])
+def test_a_number_out_of_range_is_told(verb: str) -> None:
+    """Where torch raises an IndexError of its own."""
+    made, start, rows = looked_up([7, 12])
+    compute = TorchCompute({"p": made}, "compiled")
+    compute.fit("p", start, rows, Recipe(0.1), key=keys(2))
+    compute.predict("p", start, {"x": rows["x"]})
+    flat, first = rows["x"].flat
+    bad = Rows.lying(np.where(flat == flat.max(), 3000, flat), first, rows["x"].n)
+
+    with told(TaskError, "beyond its table's rows"):
+        if verb == "fit":
+            compute.fit("p", start, {**rows, "x": bad}, Recipe(0.1), key=keys(2))
+        else:
+            compute.predict("p", start, {"x": bad})
+    compute.fit("p", start, rows, Recipe(0.1), key=keys(2))

@@ -255,7 +255,8 @@ def test_convolutions_are_left_one_by_one_unless_told_otherwise(
     2 x 256 x width."""
     monkeypatch.setattr("kitestring.devices.fit.compute.native", lambda: None)
     for width, how, why in (
-        (2048, "auto", "sequential: llvmlite is not installed; convolutions"), (2048, "vmap", "vmap"), (2, "auto", "vmap: llvmlite"),
+        (2048, "auto", "sequential: llvmlite is not installed; convolutions"),
+        (2048, "vmap", "vmap"), (2, "auto", "vmap: llvmlite"),
     ):  # fmt: skip
         inner = nn.Sequential(
             nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 64, 1), nn.Flatten(),

@@ -1,7 +1,7 @@
 """Everything that a recipe can say, against a plain loop of `nn.Module` and `torch.optim`.
 
-Float error: one after the other is bit for bit the plain loop. Stacked (vmap) and compiled agree within 5e-5
-of a leaf's largest value; float32, at most 20 steps here, measured at most 1e-6.
+Float error: one after the other is bit for bit the plain loop. Stacked (vmap) and compiled agree
+within 5e-5 of a leaf's largest value; float32, at most 20 steps here, measured at most 1e-6.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Flower's simulation on Ray: two actors with one core each, the module resident in each actor.
 
-    python benchmarks/simulation/flower_peer.py WORKLOAD [--seconds 8] [--rounds 3] [--check N]
+    python benchmarks/simulation/flower_peer.py WORKLOAD [--seconds 6] [--rounds 3] [--check N]
 
 Each message says which device its node plays, so that the cohorts are the workload's.
 """
@@ -112,7 +112,7 @@ def main() -> None:
 
     ray: dict[str, Any] = {
         "num_cpus": CORES, "log_to_driver": False, "include_dashboard": False,
-        "object_store_memory": 4 * 2**30,
+        "object_store_memory": 2 * 2**30,
     }  # fmt: skip
     run_simulation(
         server_app=server,

@@ -1,6 +1,8 @@
 """Kitestring, used as its users do: a task, the local engine, `run`.
 
-python benchmarks/simulation/kite.py WORKLOAD [--seconds 8] [--rounds 3] [--check N]
+    python benchmarks/simulation/kite.py WORKLOAD [--seconds 6] [--rounds 3] [--check N]
+
+Nothing is set for a workload: the engine chooses how many devices it computes at a time, and how.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def main() -> None:
         lambda: {k: torch.from_numpy(np.asarray(a)) for k, a in found.items()},
         ["llvmlite"],
         engine.cohorts,
+        compute.explain("small"),
     )
 
 

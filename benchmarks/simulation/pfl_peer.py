@@ -1,7 +1,7 @@
 """pfl-research: two processes, each with one module that it reuses, and one sum over both.
 
     torchrun --standalone --nproc_per_node=2 benchmarks/simulation/pfl_peer.py WORKLOAD \
-        [--seconds 8] [--rounds 3] [--check N]
+        [--seconds 6] [--rounds 3] [--check N]
 """
 
 from __future__ import annotations

@@ -248,6 +248,8 @@ class Results:
         speed = spread(list(self.speeds(contender, workload).values()), short)
         if len(good) < len(mine):
             speed += f", {len(mine) - len(good)} failed"
+        if how := good[0].said.get("how", "").partition(":")[0]:
+            title += f", {how}"
         lead = self.ratios("kitestring", contender, workload)
         share = self.ratios(contender, "ceiling", workload)
         if contender == "ceiling":
@@ -361,7 +363,7 @@ def arguments() -> argparse.Namespace:
         "--contenders", choices=CONTENDERS, default=list(CONTENDERS), **several,
         help=", ".join(CONTENDERS),
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=8, help="of rounds a run (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=6, help="of rounds a run (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="at least (%(default)s)")
     parser.add_argument("--limit", type=float, default=400, help="seconds a run (%(default)s)")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Plain torch, well written: two single-threaded processes, each with one module that it reuses.
 
-    python benchmarks/simulation/sequential.py WORKLOAD [--seconds 8] [--rounds 3] [--check N]
+    python benchmarks/simulation/sequential.py WORKLOAD [--seconds 6] [--rounds 3] [--check N]
 
 Weights are loaded in place and summed in shared memory; SGD steps all parameters at once; of a
 round's devices, the one with the most rows left goes to the process that has least to do.

@@ -1,4 +1,4 @@
-"""The two containers that messages are made of: named arrays, and ragged rows."""
+"""What messages are made of: named arrays, ragged rows, and tables of which little changes."""
 
 from __future__ import annotations
 
@@ -43,6 +43,79 @@ class Tree(dict[str, Any]):
 
     def below(self, prefix: str) -> Tree:
         return Tree({n.removeprefix(prefix): a for n, a in self.items() if n.startswith(prefix)})
+
+
+class Touched(np.lib.mixins.NDArrayOperatorsMixin):
+    """An array [D, N, ...] in which each device has the rows of one `base`, but for a few.
+
+    Row `ids`[i] of device `owner`[i] is `rows`[i]; without a base the others are zero. Differences
+    to the base, multiples and sums over devices look at those rows only; for all else it is the
+    whole array, made when asked for."""
+
+    def __init__(self, base: Array, owner: Array, ids: Array, rows: Array, zero: bool = False):
+        self._base, self._owner, self._ids, self._rows = base, owner, ids, rows
+        self._zero = zero
+        self.shape, self.dtype, self.ndim = base.shape, rows.dtype, base.ndim
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        whole = np.zeros(self.shape, self.dtype) if self._zero else np.array(self._base)
+        whole[self._owner, self._ids] = self._rows
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
+    def __getitem__(self, index: Any) -> Array:
+        return np.asarray(self)[index]
+
+    def astype(self, dtype: Any, copy: bool = True) -> Any:
+        return self if dtype == self.dtype else np.asarray(self).astype(dtype)
+
+    def _with(self, rows: Array) -> Touched:
+        return Touched(self._base, self._owner, self._ids, rows.astype(self.dtype), zero=True)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **how: Any) -> Any:
+        other: Any = inputs[1] if len(inputs) > 1 and inputs[0] is self else None
+        plainly = method == "__call__" and not how
+        if plainly and ufunc is np.subtract and not self._zero and _same(other, self._base):
+            return self._with(self._rows - self._base[0][self._ids])
+        if plainly and ufunc is np.multiply and self._zero and _per_device(other, len(self)):
+            factor = np.broadcast_to(np.reshape(other, -1), len(self))[self._owner]
+            return self._with(self._rows * factor.reshape(-1, *[1] * (self._rows.ndim - 1)))
+        summed = method == "reduce" and ufunc is np.add and isinstance(other, int) and other == 0
+        if summed and self._zero and how.keys() == {"dtype", "keepdims"} and how["keepdims"]:
+            return self._sum(how["dtype"])
+        whole = [np.asarray(a) if isinstance(a, Touched) else a for a in inputs]
+        return getattr(ufunc, method)(*whole, **how)
+
+    def _sum(self, dtype: Any) -> Array:
+        """Over devices, [1, N, ...]."""
+        total = np.zeros((1, *self.shape[1:]), dtype)
+        order = np.argsort(self._ids, kind="stable")
+        ids = self._ids[order]
+        if len(ids):
+            first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+            total[0, ids[first]] = np.add.reduceat(self._rows[order], first, 0, dtype=dtype)
+        return total
+
+
+def _same(a: Any, b: Any) -> bool:
+    """The same rows of the same memory for every device."""
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return False
+    return a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data
+
+
+def _per_device(a: Any, count: int) -> bool:
+    """One number, or one for each device: [], [D], [D, 1, ...]."""
+    if isinstance(a, Touched) or a is None:
+        return False
+    return np.size(a) == 1 or (np.size(a) == count and np.shape(a)[0] == count)
 
 
 class Rows:

@@ -31,6 +31,8 @@ class TorchCompute:
     """`how`: "auto" takes compiled code where there is some, then vmap where a module can be
     mapped and that is faster, then one device after the other. "compiled" does without vmap."""
 
+    concurrent = True  # several threads may call at once: modules and memory are each one's own
+
     def __init__(
         self, programs: Mapping[str, Program], how: How = "auto", like: TorchCompute | None = None
     ) -> None:

@@ -31,13 +31,39 @@ def f32(value: float) -> Any:
     return ir.Constant(F32, struct.unpack("f", struct.pack("f", value))[0])
 
 
+class _Builder(ir.IRBuilder):  # type: ignore[misc]
+    """llvmlite's own, but that sums and products of known numbers are known: most of the text
+    that LLVM would have to read is arithmetic on addresses."""
+
+    def add(self, a: Any, b: Any, name: str = "", flags: Any = ()) -> Any:
+        if a.type == I64:
+            known = [isinstance(v, ir.Constant) for v in (a, b)]
+            if all(known):
+                return i64(a.constant + b.constant)
+            if known[0] and a.constant == 0:
+                return b
+            if known[1] and b.constant == 0:
+                return a
+        return super().add(a, b, name, flags)
+
+    def mul(self, a: Any, b: Any, name: str = "", flags: Any = ()) -> Any:
+        if a.type == I64:
+            known = [isinstance(v, ir.Constant) for v in (a, b)]
+            if all(known) and abs(a.constant * b.constant) < 2**62:
+                return i64(a.constant * b.constant)
+            for k, v, other in ((known[0], a, b), (known[1], b, a)):
+                if k and v.constant in (0, 1):
+                    return other if v.constant else v
+        return super().mul(a, b, name, flags)
+
+
 class Emitter:
-    """Writes into one LLVM function; `b` is llvmlite's own builder."""
+    """Writes into one LLVM function with `b`."""
 
     def __init__(self, function: Any) -> None:
         self.function, self.module = function, function.module
         self.entry = function.append_basic_block("entry")
-        self.b = ir.IRBuilder(function.append_basic_block("body"))
+        self.b = _Builder(function.append_basic_block("body"))
 
     def done(self) -> None:
         self.b.ret_void()

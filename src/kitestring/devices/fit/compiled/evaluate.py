@@ -42,6 +42,7 @@ class Evaluator:
     weights: tuple[str, ...]
     rows: Columns
     sums: Columns
+    wrong: Buffer  # 1 where a row's number was out of range
 
 
 def evaluator(program: Program, kind: Kind) -> Evaluator:
@@ -73,11 +74,13 @@ def evaluator(program: Program, kind: Kind) -> Evaluator:
         results[name] = out
         (rows if by_row else sums).append((name, value.shape[by_row:], value.dtype))
         fixed += [out.buffer] if out.buffer else []
-    size = place(fixed, low.kernels)
+    assert low.wrong.buffer is not None
+    size = place([*fixed, low.wrong.buffer], low.kernels)
     builder = Builder()
     step = step_function(builder, low.kernels)
     _drive(builder, step, kind, views, names, columns, results, rows, sums)
-    return Evaluator(compiled(builder, size, low.constants), tuple(names), tuple(rows), tuple(sums))
+    return Evaluator(compiled(builder, size, low.constants), tuple(names), tuple(rows), tuple(sums),
+                     low.wrong.buffer)  # fmt: skip
 
 
 def _drive(

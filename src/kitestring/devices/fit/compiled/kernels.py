@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
-from kitestring.devices.fit.compiled.emit import WIDTH, Emitter, i64
+from kitestring.devices.fit.compiled.emit import BYTES, WIDTH, Emitter, i64
 from kitestring.devices.fit.compiled.views import Buffer, Expr, Value, View, leaves, nest
 
 Pointers = dict[Buffer, Any]
@@ -178,28 +179,75 @@ def _power(n: int) -> int:
     return int(1 << (n.bit_length() - 1))
 
 
-def take_rows(out: View, table: View, ids: View) -> Kernel:
+def take_rows(out: View, table: View, ids: View, wrong: View) -> Kernel:
     """out [n, ...] = table [ids[n], ...]."""
 
     def emit(e: Emitter, at: Pointers) -> None:
         with e.loop(ids.shape[0]) as i:
-            row = e.read(at[ids.buffer], ids, [i], 0, 1)  # type: ignore[index]
+            row = number(e, at, ids, [i], table.shape[0], wrong)
             _row(e, at, out, i, table, row, add=False)
 
-    return kernel("take", emit, out, table, ids)
+    return kernel("take", emit, out, table, ids, wrong)
 
 
-def add_rows(table: View, ids: View, rows: View, scale: View | None = None) -> Kernel:
+def number(e: Emitter, at: Pointers, ids: View, index: list[Any], limit: int, wrong: View) -> Any:
+    """A row's number; 0 where it is out of range, and `wrong` then becomes 1."""
+    found = e.read(at[ids.buffer], ids, index, 0, 1)  # type: ignore[index]
+    good = e.b.icmp_unsigned("<", found, i64(limit))
+    with e.b.if_then(e.b.not_(good)):
+        e.write(i64(1), at[wrong.buffer], wrong, [], 0, 1)  # type: ignore[index]
+    return e.b.select(good, found, i64(0))
+
+
+def add_rows(table: View, ids: View, rows: View, wrong: View, scale: View | None = None) -> Kernel:
     """table [ids[n], ...] += rows [n, ...], times `scale` where there is one, one after the
     other."""
 
     def emit(e: Emitter, at: Pointers) -> None:
         factor = e.read(at[scale.buffer], scale, [], 0, 1) if scale else None  # type: ignore[index]
         with e.loop(ids.shape[0]) as i:
-            row = e.read(at[ids.buffer], ids, [i], 0, 1)  # type: ignore[index]
+            row = number(e, at, ids, [i], table.shape[0], wrong)
             _row(e, at, table, row, rows, i, add=True, factor=factor)
 
-    return kernel("add", emit, table, ids, rows, scale)
+    return kernel("add", emit, table, ids, rows, wrong, scale)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A weight of which a device has only the rows that it touched: `stamps`[row] is the number
+    of the last device that did, `touched` its rows in order, `state` that device's number, how
+    many rows it touched, and the address of all the rows that it may need."""
+
+    rows: View
+    stamps: View
+    touched: View
+    state: View
+
+
+def touch_rows(table: Table, ids: View, wrong: View) -> Kernel:
+    """Fetch the rows `ids` that this device has not got."""
+    length = prod(table.rows.shape[1:])
+
+    def emit(e: Emitter, at: Pointers) -> None:
+        b = e.b
+        rows, stamps, touched, state = (
+            at[v.buffer]  # type: ignore[index]
+            for v in (table.rows, table.stamps, table.touched, table.state)
+        )
+        turn, base = e.load(state, "i64", i64(0)), e.load(state, "i64", i64(2))
+        base = b.inttoptr(base, BYTES)
+        with e.loop(ids.shape[0]) as i:
+            row = number(e, at, ids, [i], table.rows.shape[0], wrong)
+            with b.if_then(b.icmp_signed("!=", e.load(stamps, "i64", row), turn)):
+                count = e.load(state, "i64", i64(1))
+                e.store(turn, stamps, "i64", row)
+                e.store(row, touched, "i64", count)
+                e.store(b.add(count, i64(1)), state, "i64", i64(1))
+                first = b.mul(row, i64(length))
+                to, source = (b.bitcast(e.pointer(p, "f32", first), BYTES) for p in (rows, base))
+                e.copy(to, source, length)
+
+    return kernel("touch", emit, table.rows, table.stamps, table.touched, table.state, ids, wrong)
 
 
 def _row(
@@ -230,15 +278,15 @@ def _row(
     return None
 
 
-def pick(out: View, source: View, ids: View, dim: int) -> Kernel:
+def pick(out: View, source: View, ids: View, dim: int, wrong: View) -> Kernel:
     """out [..., j, ...] = source [..., ids[..., j, ...], ...] along `dim`."""
 
     def emit(e: Emitter, at: Pointers) -> None:
         with ExitStack() as stack:
             index = [stack.enter_context(e.loop(size)) for size in out.shape]
             there = list(index)
-            there[dim] = e.read(at[ids.buffer], ids, index, 0, 1)  # type: ignore[index]
+            there[dim] = number(e, at, ids, index, source.shape[dim], wrong)
             found = e.read(at[source.buffer], source, there, 0, 1)  # type: ignore[index]
             e.write(found, at[out.buffer], out, index, 0, 1)  # type: ignore[index]
 
-    return kernel("pick", emit, out, source, ids, dim)
+    return kernel("pick", emit, out, source, ids, dim, wrong)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from kitestring.devices.fit.compiled.kernels import Table
 from kitestring.devices.fit.compiled.lowering import HEAVY, Lowering, Product, RowsAdded
 from kitestring.devices.fit.compiled.operations import OPERATIONS
 from kitestring.devices.fit.compiled.tensors import named
@@ -18,13 +19,16 @@ _LONG = 12  # operations in one expression
 
 
 def lower(
-    traced: GraphModule, inputs: Sequence[View], late: bool = False
+    traced: GraphModule,
+    inputs: Sequence[View],
+    late: bool = False,
+    tables: Mapping[Buffer, Table] | None = None,
 ) -> tuple[Lowering, list[Any]]:
     """Kernels that compute the graph's outputs from its placeholders, given in their order."""
     graph = traced.graph
     output = next(n for n in graph.nodes if n.op == "output")
     results = list(output.args[0])
-    low = Lowering(late=_late(results) if late else frozenset())
+    low = Lowering(late=_late(results) if late else frozenset(), tables=dict(tables or {}))
     known: dict[Node, Any] = {}
     given = iter(inputs)
     for node in graph.nodes:

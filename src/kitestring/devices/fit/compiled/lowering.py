@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from kitestring.devices.fit.compiled.kernels import (
     Kernel,
+    Table,
     add_rows,
     pointwise,
 )
@@ -66,6 +67,8 @@ class Lowering:
     kernels: list[Kernel] = field(default_factory=list)
     late: frozenset[Node] = frozenset()
     constants: dict[Buffer, Any] = field(default_factory=dict)  # buffer -> numpy array
+    wrong: View = field(default_factory=lambda: plain(Buffer("wrong", "i64", 1, fixed=True), ()))
+    tables: dict[Buffer, Table] = field(default_factory=dict)
     draws: list[tuple[View, float]] = field(default_factory=list)  # 1 with that chance, else 0
     cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -86,7 +89,7 @@ class Lowering:
         if isinstance(value, RowsAdded):
             table = self.fresh(value.shape, "f32")
             self.put(pointwise(table, constant(0.0, "f32", value.shape)))
-            self.put(add_rows(table, value.ids, value.rows))
+            self.put(add_rows(table, value.ids, value.rows, self.wrong))
             return table
         out = self.fresh(value.shape, value.dtype)
         self.put(pointwise(out, value))

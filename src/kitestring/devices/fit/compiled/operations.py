@@ -9,7 +9,14 @@ from typing import Any
 from torch.fx import Node
 
 from kitestring.devices.fit.compiled import convolve, pool
-from kitestring.devices.fit.compiled.kernels import add_rows, pick, pointwise, reduction, take_rows
+from kitestring.devices.fit.compiled.kernels import (
+    add_rows,
+    pick,
+    pointwise,
+    reduction,
+    take_rows,
+    touch_rows,
+)
 from kitestring.devices.fit.compiled.lowering import HEAVY, Lowering, Product, RowsAdded
 from kitestring.devices.fit.compiled.tensors import named
 from kitestring.devices.fit.compiled.views import (
@@ -285,7 +292,10 @@ def _addmm(low: Lowering, node: Node, bias: Value, a: Value, b: Value) -> Value:
 def _embedding(low: Lowering, node: Node, table: Value, ids: Value, *_: Any) -> Value:
     flat = low.reshaped(low.view(ids), (prod(ids.shape),))
     out = low.fresh((prod(ids.shape), *table.shape[1:]), "f32")
-    low.put(take_rows(out, low.view(table), low.view(flat)))
+    table, flat = low.view(table), low.view(flat)
+    if table.buffer in low.tables:
+        low.put(touch_rows(low.tables[table.buffer], flat, low.wrong))
+    low.put(take_rows(out, table, flat, low.wrong))
     return low.reshaped(out, _shape(node))
 
 
@@ -311,13 +321,13 @@ def _index_put(
         return RowsAdded(flat, added, x.shape)
     out = low.fresh(x.shape, x.dtype)
     low.put(pointwise(out, x))
-    low.put(add_rows(out, flat, added))
+    low.put(add_rows(out, flat, added, low.wrong))
     return out
 
 
 def _gather(low: Lowering, node: Node, x: Value, dim: int, ids: Value, *_: Any) -> Value:
     out = low.fresh(_shape(node), x.dtype)
-    low.put(pick(out, low.view(x), low.view(ids), dim % len(out.shape)))
+    low.put(pick(out, low.view(x), low.view(ids), dim % len(out.shape), low.wrong))
     return out
 
 

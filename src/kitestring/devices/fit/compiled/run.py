@@ -5,17 +5,21 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from kitestring.arrays import Touched
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit.check_native import batch
 from kitestring.devices.fit.compiled import evaluate, train
+from kitestring.devices.fit.compiled.layout import Kind
 from kitestring.devices.fit.compiled.tensors import Columns
-from kitestring.devices.fit.compiled.views import Refused, View
+from kitestring.devices.fit.compiled.views import SIZES, Buffer, Refused, View
 from kitestring.devices.fit.programs import Program
+from kitestring.errors import TaskError
 
 T = TypeVar("T")
 _DTYPES = {"float32": "f32", "int64": "i64", "int32": "i32", "uint8": "u8", "bool": "bool"}
@@ -50,20 +54,17 @@ class Code:
         most = int(n.max(initial=1))
         if centre is not None and not set(program.chosen(recipe.train)) <= centre.keys():
             raise Refused("a centre for only some of the weights")
-        kind = train.Kind(
-            batch(n, recipe.batch), _columns(rows),
-            frozenset(program.chosen(recipe.train)), recipe.optimiser, recipe.momentum > 0,
-            recipe.decay > 0, recipe.clip is not None, recipe.mu > 0, linear is not None,
+        shared = all(len(a) == 1 or a.strides[0] == 0 for a in weights.values())
+        kind = Kind(
+            batch(n, recipe.batch), _columns(rows), frozenset(program.chosen(recipe.train)),
+            recipe.optimiser, recipe.momentum > 0, recipe.decay > 0, recipe.clip is not None,
+            recipe.mu > 0, linear is not None, shared,
         )  # fmt: skip
         made = self._get((program, kind), lambda: train.trainer(program, kind))
-        names = [name for name, trained in made.weights if trained]
-        out = Tree(weights)
-        for name in names:
-            out[name] = np.empty((len(n), *weights[name].shape[1:]), np.float32)
-        memory = made.native.memory()
+        layout, memory = made.layout, made.native.memory()
         settings = (recipe.lr, -recipe.lr, recipe.momentum, recipe.decay, recipe.mu,
                     recipe.clip or 0.0)  # fmt: skip
-        memory[made.hyper : made.hyper + 4 * len(settings)].view(np.float32)[:] = settings
+        _at(memory, layout.hyper)[:] = settings
         losses = np.zeros(len(n), np.float32)
         order = np.empty(2 * most + 256, np.int64)
         keys = np.ascontiguousarray(seeds, np.uint64)
@@ -72,10 +73,17 @@ class Code:
         call.numbers(len(n), recipe.epochs, int(recipe.shuffle))
         call.arrays(memory, n, keys, losses, order)
         call.columns(rows, kind.columns)
-        for name, trained in made.weights:
+        names = [name for name in layout.trained if name not in layout.tables]
+        out, tables = Tree(weights), {}
+        for name in layout.tables:
+            tables[name] = _Touches(weights[name], n, rows)
+            call.arrays(*tables[name].arrays)
+        for name in names:
+            out[name] = np.empty((len(n), *weights[name].shape[1:]), np.float32)
             call.weight(weights[name])
-            if trained:
-                call.arrays(out[name])
+            call.arrays(out[name])
+        for name in layout.held:
+            call.weight(weights[name])
         extra = [weights if centre is None else {**weights, **centre}] if kind.mu else []
         if linear is not None:
             zero = {k: np.zeros((1, *weights[k].shape[1:]), np.float32) for k in names}
@@ -84,8 +92,9 @@ class Code:
             for name in names:
                 call.weight(tree[name])
         made.native(call.given)
-        steps = -(-n // recipe.batch) * recipe.epochs
-        return Fit(out, losses, steps)
+        _in_range(program, memory, made.wrong)
+        out.update({name: touches.array() for name, touches in tables.items()})
+        return Fit(out, losses, -(-n // recipe.batch) * recipe.epochs)
 
     def predict(
         self, program: Program, weights: Tree, rows: Mapping[str, Rows]
@@ -120,13 +129,15 @@ class Code:
         sums = {name: np.zeros((len(n), *shape), _NUMPY[t]) for name, shape, t in made.sums}
         call = _Call()
         call.numbers(len(n))
-        call.arrays(made.native.memory(), n)
+        memory = made.native.memory()
+        call.arrays(memory, n)
         call.numbers(wide)
         call.columns(rows, kind.columns)
         for name in made.weights:
             call.weight(weights[name])
         call.arrays(*found.values(), *sums.values())
         made.native(call.given)
+        _in_range(program, memory, made.wrong)
         return found, sums
 
 
@@ -140,10 +151,48 @@ def _columns(rows: Mapping[str, Rows]) -> Columns:
     return tuple(out)
 
 
-def _at(memory: Array, view: View) -> Array:
+def _at(memory: Array, buffer: Buffer) -> Array:
+    size = SIZES[buffer.dtype] * buffer.size
+    return memory[buffer.at : buffer.at + size].view(_NUMPY[buffer.dtype])
+
+
+def _in_range(program: Program, memory: Array, wrong: Buffer) -> None:
+    flag = _at(memory, wrong)
+    if flag[0]:
+        flag[0] = 0
+        raise TaskError(
+            f"program {program.name!r} was given a number beyond its table's rows or its classes",
+            mend="Look at the columns of whole numbers: they count from 0",
+        )
+
+
+def _of(memory: Array, view: View) -> Array:
     assert view.buffer is not None
-    start = view.buffer.at
-    return memory[start : start + 4 * view.buffer.size].view(np.float32).reshape(view.shape)
+    return _at(memory, view.buffer).reshape(view.shape)
+
+
+class _Touches:
+    """Room for the rows of a shared table that each device touches: no more than it has tokens."""
+
+    def __init__(self, weight: Array, n: Array, rows: Mapping[str, Rows]) -> None:
+        tokens = 0
+        for r in rows.values():
+            shape, dtype = r.row
+            tokens += prod(shape) if dtype.kind in "iu" else 0
+        self._base = np.ascontiguousarray(weight[0], np.float32)
+        most = np.minimum(n * tokens, len(self._base))
+        self._first = np.concatenate([[0], np.cumsum(most)]).astype(np.int64)
+        self._count = np.zeros(len(n), np.int64)
+        self._ids = np.empty(self._first[-1], np.int64)
+        self._rows = np.empty((self._first[-1], *self._base.shape[1:]), np.float32)
+        self._weight = weight
+        self.arrays = (self._base, self._first, self._count, self._ids, self._rows)
+
+    def array(self) -> Touched:
+        span = np.arange(len(self._ids)) - np.repeat(self._first[:-1], np.diff(self._first))
+        owner = np.repeat(np.arange(len(self._count)), np.diff(self._first))
+        real = span < self._count[owner]
+        return Touched(self._weight, owner[real], self._ids[real], self._rows[real])
 
 
 _FILL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -169,7 +218,7 @@ class _Call:
         if not draws:
             return self.numbers(0)
         dice = torch.Generator()
-        places = [(torch.from_numpy(_at(memory, view)), p) for view, p in draws]
+        places = [(torch.from_numpy(_of(memory, view)), p) for view, p in draws]
 
         def fill(device: int, step: int, real: int) -> None:
             if step == 0:
