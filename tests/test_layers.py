@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 ANY, ON_TOP = "anywhere", "the layers on top"
 OUTSIDE: dict[str, tuple[str, ...]] = {
     "numpy": (ANY,),
+    "llvmlite": ("kitestring.devices.fit.compiled",),
     "torch": ("kitestring.devices.fit", "kitestring.tasks", "kitestring.apps"),
     "sklearn": ("kitestring.tasks", "kitestring.apps"),
     "scipy": ("kitestring.tasks", "kitestring.apps"),

@@ -200,7 +200,7 @@ def run(contender: str, workload: str, turn: int, options: Sequence[str], limit:
         why = reason(err.read())
     done = Run(contender, workload, turn, watch.peak / 2**20)
     if failed or not lines:
-        done.failed = f"{failed or 'said nothing'}: {why}"
+        done.failed = ": ".join(filter(None, (failed or "said nothing", why)))
     else:
         done.said = json.loads(lines[-1])
     return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 def recipe(settings: Any) -> Recipe:
     """How a collaboration trains, by its own settings."""
-    return Recipe(settings.lr, settings.epochs, settings.batch, settings.optimiser)
+    plain = Recipe(settings.lr, settings.epochs, settings.batch, settings.optimiser)
+    return replace(plain, shuffle=getattr(settings, "shuffle", True))
 
 
 def moments(weights: Tree, optimiser: str) -> Tree:

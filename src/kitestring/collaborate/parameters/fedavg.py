@@ -33,6 +33,7 @@ class FedAvg:
     lr: float = 0.1
     optimiser: str = "sgd"
     cohort: int | None = None  # devices asked in a round; None: all of them
+    shuffle: bool = True  # a device's rows, every epoch anew
 
     crosses: ClassVar[Crossing] = {
         "train": Lane(

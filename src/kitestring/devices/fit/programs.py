@@ -54,10 +54,13 @@ class Program:
         """Names that gradients change; frozen weights and statistics are carried along."""
         return frozenset(name for name, p in self.module.named_parameters() if p.requires_grad)
 
+    @cached_property
+    def _order(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.module.named_parameters() if name in self.trained)
+
     def chosen(self, prefixes: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `trained` that a recipe's `train` names, in the module's order."""
-        names = (name for name, _ in self.module.named_parameters() if name in self.trained)
-        return tuple(name for name in names if name.startswith(tuple(prefixes)))
+        return tuple(name for name in self._order if name.startswith(tuple(prefixes)))
 
     @cached_property
     def names(self) -> frozenset[str]:

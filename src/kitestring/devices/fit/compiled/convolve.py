@@ -115,18 +115,13 @@ class Shape:
         return sorted({self.place(y, x)[0] for y, x in spots})
 
 
-def _shape(x: Value, w: Value, stride: Any, padding: Any, dilation: Any, groups: int) -> Shape:
+def _shape(x: Value, w: Value, pairs: Sequence[Any], groups: int) -> Shape:
     if len(x.shape) != 4:
         raise Refused(f"a convolution in {len(x.shape) - 2} dimensions")
-    two = [tuple(int(v) for v in pair) for pair in (stride, padding, dilation)]
+    (_, _, hi, wi), (outs, ins, ky, kx) = x.shape, w.shape
+    stride, padding, dilation = ((int(a), int(b)) for a, b in pairs)
     return Shape(
-        x.shape[0],
-        groups,
-        w.shape[1],
-        w.shape[0] // groups,
-        x.shape[2:],
-        w.shape[2:],
-        *two,  # type: ignore[arg-type]
+        x.shape[0], groups, ins, outs // groups, (hi, wi), (ky, kx), stride, padding, dilation
     )
 
 
@@ -189,7 +184,7 @@ def forward(
     if transposed:
         raise Refused("a transposed convolution")
     x, w, pairs = _flat(low, x, w, stride, padding, dilation)
-    s = _shape(x, w, *pairs, groups)
+    s = _shape(x, w, pairs, groups)
     planes, w = _phased(low, x, s), low.view(w, contiguous=True)
     flat, out = _output(s, s.outs, *s.out)
     bias = None if bias is None else low.view(bias)
@@ -214,7 +209,7 @@ def backward(
     if len(d_out.shape) == 3:
         d_out = low.reshaped(d_out, (*d_out.shape[:2], 1, d_out.shape[2]))
     x, w, pairs = _flat(low, x, w, stride, padding, dilation)
-    s = _shape(x, w, *pairs, groups)
+    s = _shape(x, w, pairs, groups)
     w = low.view(w, contiguous=True)
     d_out = low.view(d_out) if wanted[2] else d_out
     around = _planes(s.groups * s.outs, s, 1, s.before[0] + s.out[0] + s.after[0])

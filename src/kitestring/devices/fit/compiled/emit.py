@@ -175,8 +175,8 @@ class Emitter:
         """`count` floats grow by others."""
 
         def turn(i: Any, w: int) -> None:
-            both = (self.load(base, "f32", i, w) for base in (to, more))
-            self.store(self.fold("sum", *both, w), to, "f32", i, w)
+            old, new = (self.load(base, "f32", i, w) for base in (to, more))
+            self.store(self.fold("sum", old, new, w), to, "f32", i, w)
 
         self.vectors(count, turn)
 
@@ -277,6 +277,9 @@ class Emitter:
 
     # Arithmetic on floats, at any width
 
+    def _numbers(self, width: int) -> Callable[[float], Any]:
+        return lambda value: self.number(value, "f32", width)
+
     def _poly(self, x: Any, width: int, *coefficients: float) -> Any:
         total = self.number(coefficients[0], "f32", width)
         for c in coefficients[1:]:
@@ -296,7 +299,7 @@ class Emitter:
         return self.b.call(f, [x])
 
     def exp(self, x: Any, w: int) -> Any:
-        b, n = self.b, lambda v: self.number(v, "f32", w)
+        b, n = self.b, self._numbers(w)
         kept = self.extreme("amin", self.extreme("amax", x, n(-103.0)), n(88.7228))
         k = self.call("floor", self.fma(kept, n(1.44269504088896341), n(0.5)), w)
         r = self.fma(k, n(-0.693359375), kept)
@@ -321,7 +324,7 @@ class Emitter:
         return self.b.bitcast(bits, self.kind("f32", w))
 
     def log(self, x: Any, w: int) -> Any:
-        b, n = self.b, lambda v: self.number(v, "f32", w)
+        b, n = self.b, self._numbers(w)
         ints = I32 if w == 1 else ir.VectorType(I32, w)
         tiny = b.fcmp_ordered("<", x, n(1.17549435e-38))
         scaled = b.select(tiny, b.fmul(x, n(8388608.0)), x)
@@ -368,7 +371,7 @@ class Emitter:
         return b.select(small, near, far)
 
     def tanh(self, x: Any, w: int) -> Any:
-        b, n = self.b, lambda v: self.number(v, "f32", w)
+        b, n = self.b, self._numbers(w)
         size = self.call("fabs", x, w)
         z = b.fmul(x, x)
         p = self._poly(
@@ -387,7 +390,7 @@ class Emitter:
 
     def erf(self, x: Any, w: int) -> Any:
         """A rational approximation on [-4, 4], that of Eigen's generic erf."""
-        b, n = self.b, lambda v: self.number(v, "f32", w)
+        b, n = self.b, self._numbers(w)
         kept = self.extreme("amin", self.extreme("amax", x, n(-4.0)), n(4.0))
         z = b.fmul(kept, kept)
         over = self._poly(
@@ -421,7 +424,7 @@ class Emitter:
         if op == "not":
             return b.not_(args[0])
         if op in ("amax", "amin"):
-            return self.extreme(op, *args, floats=dtype == "f32")
+            return self.extreme(op, args[0], args[1], dtype == "f32")
         if dtype == "f32":
             return self._float(op, args, w)
         if op == "neg":

@@ -61,7 +61,9 @@ def evaluator(program: Program, kind: Kind) -> Evaluator:
     low, found = lower(graph, inputs)
     if low.draws:
         raise Refused("it draws when it predicts")
-    rows, sums, fixed = [], [], [weights, *(v.buffer for v in columns.values() if v.buffer)]
+    rows: list[Any] = []
+    sums: list[Any] = []
+    fixed = [weights, *(v.buffer for v in columns.values() if v.buffer)]
     results: dict[str, View] = {}
     for name, value in zip(outputs, found, strict=True):
         if value is None:

@@ -24,7 +24,8 @@ def place(fixed: Sequence[Buffer], kernels: Sequence[Kernel]) -> int:
         for buffer in kernel.buffers:
             if buffer.at < 0:
                 used.setdefault(buffer, []).append(time)
-    top, placed = at, []
+    top = at
+    placed: list[tuple[Buffer, int]] = []
     for buffer, times in sorted(used.items(), key=lambda p: p[1][0]):
         first, last = times[0], times[-1]
         busy = sorted((b.at, b.at + _room(b)) for b, end in placed if end >= first)

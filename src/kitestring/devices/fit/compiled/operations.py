@@ -79,7 +79,7 @@ def _composed(make: Callable[..., Any]) -> Callable[..., Value]:
         def e(op: str, *parts: Any, kind: str = dtype) -> Expr:
             return Expr(op, parts, kind, shape)
 
-        return make(e, *wide, **{k: v for k, v in node.kwargs.items() if k in ("alpha",)})
+        return make(e, *wide, **{k: v for k, v in node.kwargs.items() if k in ("alpha",)})  # type: ignore[no-any-return]
 
     return how
 

@@ -47,8 +47,8 @@ def product(
     way = lies(a, b)
     if way == "rows":
         swap = [*range(len(out.shape) - 2), -1, -2]
-        turned = [None if v is None else v.permute(swap) for v in (out, b, a, start)]
-        return product(*turned, scale)  # type: ignore[arg-type]
+        turned = None if start is None else start.permute(swap)
+        return product(out.permute(swap), b.permute(swap), a.permute(swap), turned, scale)
     if b.shape[-1] == 1 and b.strides[-2] == 1 and a.strides[-1] == 1 and a.shape[-1] >= WIDTH:
         way = "dot"
 

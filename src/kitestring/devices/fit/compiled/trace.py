@@ -145,7 +145,7 @@ def _graph(
     graph.eliminate_dead_code()
     if len(graph.nodes) > MOST:
         raise Refused(f"a graph of {len(graph.nodes)} operations")
-    return traced  # type: ignore[no-any-return]
+    return traced
 
 
 _VIEWS = {"view", "permute", "slice", "select", "expand", "squeeze", "unsqueeze", "as_strided",
