@@ -375,6 +375,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given, console = arguments(), Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way nobody is left behind
     names = [name for name in given.contenders if not (given.check and name == "ceiling")]
     options = ["--seconds", f"{given.seconds:g}", "--rounds", str(given.rounds)]
     passes = 1 if given.check else given.passes

@@ -47,7 +47,7 @@ class CloudSession:
         if k is None or k >= self.fleet:
             return np.arange(self.fleet)
         generator = np.random.default_rng([self._seed, self.serial])
-        return np.sort(generator.choice(self.fleet, k, replace=False))
+        return np.sort(generator.choice(self.fleet, k, replace=False, shuffle=False))
 
     def uniform(self, tag: str, n: int) -> Array:
         """[n] numbers in [0, 1), keyed by seed, exchange and tag."""

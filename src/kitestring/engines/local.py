@@ -139,8 +139,8 @@ class LocalEngine:
             )
 
     def _keep_books(self) -> None:
-        serial = str(self.cloud.serial).encode()
-        self.store.save_all({"serial": serial, "ledger": self.ledger.dump()})
+        serial, ledger = str(self.cloud.serial), self.ledger.copy()
+        self.store.save_all({"serial": serial.encode, "ledger": ledger.dump})
 
     def _cloud_time(self) -> None:
         spent, self.cloud.flops = self.cloud.flops, 0.0
@@ -173,8 +173,7 @@ class LocalEngine:
             raise Void
 
     def _check_once(self, asks: Sequence[Ask]) -> None:
-        asked = np.concatenate([np.zeros(0, np.int64), *(ask.to for ask in asks)])
-        asked.sort()
+        asked = np.sort(np.concatenate([np.zeros(0, np.int64), *(ask.to for ask in asks)]))
         if (asked[1:] == asked[:-1]).any():
             raise ProtocolError("a device is asked twice in one exchange", self.name)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from kitestring.errors import RunError
 
@@ -18,6 +18,8 @@ CREATE TABLE IF NOT EXISTS trees (shelf TEXT, device INTEGER, tree BLOB,
     PRIMARY KEY (shelf, device)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS snapshot (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 """
+Packed: TypeAlias = Callable[[], bytes]
+"""Bytes that are made when they are needed, of something that does not change."""
 _AT_ONCE = 500  # devices in one query: SQLite takes 999 values or more
 
 
@@ -27,7 +29,7 @@ class Kept(Protocol):
     def find(self, shelf: str, devices: Sequence[int]) -> dict[int, bytes]: ...
     def put(self, shelf: str, trees: Mapping[int, bytes]) -> None: ...
     def devices(self, shelf: str) -> list[int]: ...
-    def save(self, values: Mapping[str, bytes]) -> None: ...
+    def save(self, values: Mapping[str, Packed]) -> None: ...
     def load(self, name: str) -> bytes | None: ...
     def commit(self) -> None: ...
     def rollback(self) -> None: ...
@@ -35,11 +37,16 @@ class Kept(Protocol):
 
 
 class Memory:
-    """What was written since the last commit lies on top of what it left."""
+    """What was written since the last commit lies on top of what it left.
+
+    Most of what is saved by name is replaced before anybody loads it, and never packed: but for the
+    first time, so that what cannot be packed is told."""
 
     def __init__(self) -> None:
-        self._under: defaultdict[str, dict[Any, bytes]] = defaultdict(dict)
-        self._over: defaultdict[str, dict[Any, bytes]] = defaultdict(dict)
+        self._under: defaultdict[str, dict[int, bytes]] = defaultdict(dict)
+        self._over: defaultdict[str, dict[int, bytes]] = defaultdict(dict)
+        self._names: dict[str, Packed] = {}
+        self._new_names: dict[str, Packed] = {}
 
     def find(self, shelf: str, devices: Sequence[int]) -> dict[int, bytes]:
         over, under = self._over[shelf], self._under[shelf]
@@ -54,20 +61,25 @@ class Memory:
     def devices(self, shelf: str) -> list[int]:
         return sorted(self._over[shelf].keys() | self._under[shelf].keys())
 
-    def save(self, values: Mapping[str, bytes]) -> None:
-        self._over[""].update(values)
+    def save(self, values: Mapping[str, Packed]) -> None:
+        for name, packed in values.items():
+            if name not in self._names:
+                packed()
+        self._new_names.update(values)
 
     def load(self, name: str) -> bytes | None:
-        over = self._over[""]
-        return over[name] if name in over else self._under[""].get(name)
+        packed = self._new_names.get(name) or self._names.get(name)
+        return packed() if packed else None
 
     def commit(self) -> None:
         for shelf, trees in self._over.items():
             self._under[shelf].update(trees)
-        self._over.clear()
+        self._names.update(self._new_names)
+        self.rollback()
 
     def rollback(self) -> None:
         self._over.clear()
+        self._new_names.clear()
 
     def close(self) -> None:
         self.rollback()
@@ -123,8 +135,9 @@ class Disk:
         sql = "SELECT device FROM trees WHERE shelf = ? ORDER BY device"
         return [device for (device,) in self._read(sql, (shelf,))]
 
-    def save(self, values: Mapping[str, bytes]) -> None:
-        self._write("INSERT OR REPLACE INTO snapshot VALUES (?, ?)", values.items())
+    def save(self, values: Mapping[str, Packed]) -> None:
+        rows = [(name, packed()) for name, packed in values.items()]
+        self._write("INSERT OR REPLACE INTO snapshot VALUES (?, ?)", rows)
 
     def load(self, name: str) -> bytes | None:
         found = self._read("SELECT value FROM snapshot WHERE name = ?", (name,))

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from kitestring.core import Crossing, Message, Rows
+from kitestring.core import Crossing, Kind, Lane, Message, Rows
 from kitestring.errors import BadReply, Undeclared
 from kitestring.exchange import wire
 
@@ -56,6 +56,11 @@ class Ledger:
             if (p, w) == (purpose, way)
         }
 
+    def copy(self) -> Ledger:
+        ledger = Ledger()
+        ledger.bytes, ledger.amounts = self.bytes.copy(), self.amounts.copy()
+        return ledger
+
     def dump(self) -> bytes:
         pairs = [[list(k), v] for k, v in [*self.bytes.items(), *self.amounts.items()]]
         return json.dumps(pairs).encode()
@@ -75,7 +80,7 @@ def check(name: str, crosses: Crossing, verb: str, way: Way, message: Message, c
     """Refuse what was not declared, and leaves that are not `count` devices' plain arrays."""
     lane, where = crosses.get(verb), f"{name}, {verb} {way}"
     for kind, leaf_name, leaf in message.leaves():
-        if lane is None or not lane.allows(way, kind, leaf_name):
+        if lane is None or not _allowed(lane, way, kind, leaf_name):
             raise Undeclared(
                 f"{kind}.{leaf_name} crosses but is not declared",
                 where,
@@ -94,6 +99,12 @@ def check(name: str, crosses: Crossing, verb: str, way: Way, message: Message, c
             )
         if kind == "scalars" and len(shape) != 1:
             raise BadReply(f"scalars.{leaf_name} has shape {shape}", where, "Send [D]")
+
+
+def _allowed(lane: Lane, way: Way, kind: Kind, name: str) -> bool:
+    """As the lane says, and sooner where it allows all parameters."""
+    every = kind == "parameters" and "*" in getattr(lane, way).get(kind, ())
+    return every or lane.allows(way, kind, name)
 
 
 def leaf_names(crosses: Crossing, way: Way) -> Mapping[str, list[str]]:

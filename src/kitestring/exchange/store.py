@@ -10,13 +10,14 @@ import dataclasses
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from kitestring.core import Tree
-from kitestring.exchange.kept import Disk, Kept, Memory
+from kitestring.exchange.kept import Disk, Kept, Memory, Packed
 from kitestring.exchange.wire import pack_tree, stack_trees, unpack_tree
 
 S = TypeVar("S")
@@ -51,9 +52,10 @@ class Store:
             return self._kept.devices(shelf)
 
     def save(self, name: str, value: bytes) -> None:
-        self.save_all({name: value})
+        self.save_all({name: lambda: value})
 
-    def save_all(self, values: Mapping[str, bytes]) -> None:
+    def save_all(self, values: Mapping[str, Packed]) -> None:
+        """In memory they may be packed later, if ever."""
         with self._lock:
             self._kept.save(values)
 
@@ -96,16 +98,17 @@ class Table:
 
 
 def save_state(store: Store, state: Any) -> None:
-    """A collaboration's state: a flat dataclass of trees and plain values."""
-    plain: dict[str, Any] = {}
-    blobs: dict[str, bytes] = {}
-    for f in dataclasses.fields(state):
-        value = getattr(state, f.name)
-        if isinstance(value, Tree):
-            blobs[f"state.{f.name}"] = pack_tree(Tree({k: a[None] for k, a in value.items()}))
-        else:
-            plain[f.name] = value
-    store.save_all({**blobs, "state": json.dumps(plain).encode()})
+    """A collaboration's state: a flat dataclass of trees and plain values. Its arrays stay as they
+    are: a round that is void goes on from them."""
+    values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    trees = {name: value for name, value in values.items() if isinstance(value, Tree)}
+    plain = {name: value for name, value in values.items() if name not in trees}
+    packed = {f"state.{name}": partial(_pack_one, tree) for name, tree in trees.items()}
+    store.save_all({**packed, "state": lambda: json.dumps(plain).encode()})
+
+
+def _pack_one(tree: Tree) -> bytes:
+    return pack_tree(Tree({k: a[None] for k, a in tree.items()}))
 
 
 def load_state(store: Store, kind: type[S]) -> S | None:

@@ -104,7 +104,7 @@ def compiled(builder: Builder, size: int, constants: Mapping[Buffer, Any]) -> Na
         module.verify()
         options = binding.create_pipeline_tuning_options(speed_level=2)
         options.loop_vectorization = options.slp_vectorization = False  # vectors are written out
-        options.loop_interleaving = False
+        options.loop_interleaving = options.loop_unrolling = False
         passes = binding.create_pass_builder(machine, options)
         passes.getModulePassManager().run(module, passes)
         engine = binding.create_mcjit_compiler(module, machine)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
 
-from llvmlite import ir
 from torch.fx import Node
 
-from kitestring.devices.fit.compiled.emit import I64, WIDTH, Emitter, i64
+from kitestring.devices.fit.compiled import channels
+from kitestring.devices.fit.compiled.emit import WIDTH, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Kernel, Pointers, kernel, pointwise, reduction
 from kitestring.devices.fit.compiled.lowering import Lowering
+from kitestring.devices.fit.compiled.planes import Shape
 from kitestring.devices.fit.compiled.product import COLUMNS, DOT, REGISTERS, runs
 from kitestring.devices.fit.compiled.views import (
     Buffer,
@@ -33,86 +33,6 @@ from kitestring.devices.fit.compiled.views import (
 )
 
 _SLACK = 4 * WIDTH  # elements that may be read past the last image
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One convolution in two dimensions; pairs are (height, width)."""
-
-    batch: int
-    groups: int
-    ins: int  # channels of a group
-    outs: int
-    size: tuple[int, int]  # of the input
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    @property
-    def out(self) -> tuple[int, int]:
-        return tuple(  # type: ignore[return-value]
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(
-                self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
-
-    @property
-    def reach(self) -> tuple[int, int]:
-        """How many phase positions the last weight lies after the first."""
-        pairs = zip(self.dilation, self.kernel, self.stride, strict=True)
-        return tuple(d * (k - 1) // s for d, k, s in pairs)  # type: ignore[return-value]
-
-    def span(self, d: int, phase: tuple[int, int]) -> tuple[int, int, int]:
-        """Inputs of a phase along dimension d: the first one's position, its number, how many.
-
-        Input i lies at padded position i + padding = stride * position + phase."""
-        first = max(0, -(-(self.padding[d] - phase[d]) // self.stride[d]))
-        start = first * self.stride[d] + phase[d] - self.padding[d]
-        count = -(-(self.size[d] - start) // self.stride[d])
-        return first, start, max(0, min(count, self.out[d] + self.reach[d] - first))
-
-    @property
-    def before(self) -> tuple[int, int]:
-        """Zeros that the output's gradient needs above and to the left."""
-        return tuple(  # type: ignore[return-value]
-            max(0, self.reach[d] - min(self.span(d, phase)[0] for phase in self.phases))
-            for d in (0, 1)
-        )
-
-    @property
-    def after(self) -> tuple[int, int]:
-        return tuple(  # type: ignore[return-value]
-            max(0, max(sum(self.span(d, phase)[::2]) for phase in self.phases) - self.out[d])
-            for d in (0, 1)
-        )
-
-    @property
-    def pitch(self) -> int:
-        """From row to row, of the input, the output and its gradient alike. The zeros after a row
-        are those before the next."""
-        wide = (
-            self.size[1] + self.padding[1] if self.stride[1] == 1 else self.out[1] + self.reach[1]
-        )
-        return max(wide, self.out[1] + max(self.before[1], self.after[1]))
-
-    @property
-    def positions(self) -> int:
-        """From the first output to the last, in the pitch."""
-        return (self.out[0] - 1) * self.pitch + self.out[1]
-
-    def place(self, y: int, x: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The phase that weight (y, x) reads, and how far on (rows, columns)."""
-        at = y * self.dilation[0], x * self.dilation[1]
-        s = self.stride
-        return (at[0] % s[0], at[1] % s[1]), (at[0] // s[0], at[1] // s[1])
-
-    @property
-    def phases(self) -> list[tuple[int, int]]:
-        """Those that some weight reads."""
-        spots = [(y, x) for y in range(self.kernel[0]) for x in range(self.kernel[1])]
-        return sorted({self.place(y, x)[0] for y, x in spots})
 
 
 def _shape(x: Value, w: Value, pairs: Sequence[Any], groups: int) -> Shape:
@@ -135,22 +55,27 @@ def _flat(low: Lowering, x: Value, w: Value, *pairs: Any) -> tuple[Value, Value,
     return x, w, given
 
 
-def _planes(channels: int, s: Shape, phases: int, rows: int) -> View:
-    """Zeros [batch, channels, phases, rows, pitch]; memory of its own starts as zeros, and only
-    the inside is ever written."""
-    pitch = s.pitch
-    shape = (s.batch, channels, phases, rows, pitch)
-    strides = tuple(prod(shape[d + 1 :]) for d in range(5))
+def _planes(s: Shape, every: int, phases: int, rows: int, last: bool, pitch: int) -> View:
+    """Zeros [batch, every, phases, rows, pitch]; memory of its own starts as zeros, and only the
+    inside is ever written. With `last` the channels, which are `every` many, lie innermost."""
+    shape = (s.batch, every, phases, rows, pitch)
     size = prod(shape) + s.reach[0] * pitch + s.reach[1] + _SLACK
+    if last:
+        row = pitch * every
+        strides = (phases * rows * row, 1, rows * row, row, every)
+    else:
+        strides = tuple(prod(shape[d + 1 :]) for d in range(5))  # type: ignore[assignment]
     return View(Buffer("", "f32", size, fixed=True), shape, strides)
 
 
-def _phased(low: Lowering, x: Value, s: Shape) -> View:
+def _phased(low: Lowering, x: Value, s: Shape, last: bool = False) -> View:
     """The padded input by phases; that of the forward pass serves the backward pass too."""
-    if (x, s) in low.cache:
-        return low.cache[x, s]  # type: ignore[no-any-return]
-    planes = _planes(s.groups * s.ins, s, len(s.phases), s.out[0] + s.reach[0])
-    low.cache[x, s] = planes
+    if (x, s, last) in low.cache:
+        return low.cache[x, s, last]  # type: ignore[no-any-return]
+    rows, columns = s.padded
+    pitch = columns if last else s.pitch
+    planes = _planes(s, s.groups * s.ins, len(s.phases), rows, last, pitch)
+    low.cache[x, s, last] = planes
     for number, phase in enumerate(s.phases):
         there, here = planes.select(2, number), x
         spans = [s.span(d, phase) for d in (0, 1)]
@@ -185,9 +110,13 @@ def forward(
         raise Refused("a transposed convolution")
     x, w, pairs = _flat(low, x, w, stride, padding, dilation)
     s = _shape(x, w, pairs, groups)
-    planes, w = _phased(low, x, s), low.view(w, contiguous=True)
-    flat, out = _output(s, s.outs, *s.out)
+    w = low.view(w, contiguous=True)
     bias = None if bias is None else low.view(bias)
+    if channels.suits(groups, s.outs):
+        out = channels.forward(low, s, _phased(low, x, s, last=True), w, bias)
+        return low.reshaped(out, tuple(node.meta["val"].shape))
+    planes = _phased(low, x, s)
+    flat, out = _output(s, s.outs, *s.out)
     reads = _offsets(s, planes, _weights(s))
     low.put(correlate(flat, w, _natural(s, w), w.strides[0], planes, reads, 0, bias))
     return low.reshaped(out, tuple(node.meta["val"].shape))
@@ -211,17 +140,22 @@ def backward(
     x, w, pairs = _flat(low, x, w, stride, padding, dilation)
     s = _shape(x, w, pairs, groups)
     w = low.view(w, contiguous=True)
-    d_out = low.view(d_out) if wanted[2] else d_out
-    around = _planes(s.groups * s.outs, s, 1, s.before[0] + s.out[0] + s.after[0])
-    inside = around.select(2, 0)
-    for d in (0, 1):
-        inside = inside.slice(2 + d, s.before[d], s.out[d])
-    low.put(pointwise(inside, d_out))
+    d_out = low.view(d_out)
     d_x = d_w = d_b = None
     if wanted[0]:
-        d_x = low.reshaped(_input_slope(low, s, around, w), shape_x)
+        if channels.suits(groups, s.ins):
+            d_x = channels.input_slope(low, s, _around(low, s, d_out, last=True), w)
+        else:
+            d_x = _input_slope(low, s, _around(low, s, d_out), w)
+        d_x = low.reshaped(d_x, shape_x)
     if wanted[1]:
-        d_w = low.reshaped(_weight_slope(low, s, around, inside, x), shape_w)
+        if channels.suits(groups, s.outs):
+            d_out = _inside(s, _around(low, s, d_out, last=True))
+            d_w = channels.weight_slope(low, s, _phased(low, x, s, last=True), d_out)
+        else:
+            inside = _inside(s, _around(low, s, d_out))
+            d_w = _weight_slope(low, s, inside, x)
+        d_w = low.reshaped(d_w, shape_w)
     if wanted[2]:
         total = low.fresh((1, s.groups * s.outs, 1, 1), "f32")
         low.put(reduction("sum", total, d_out, [0, 2, 3]))
@@ -229,7 +163,25 @@ def backward(
     return d_x, d_w, d_b
 
 
-def _weight_slope(low: Lowering, s: Shape, around: View, inside: View, x: Value) -> View:
+def _around(low: Lowering, s: Shape, d_out: View, last: bool = False) -> View:
+    """The output's gradient with zeros around it."""
+    if (d_out, s, last) in low.cache:
+        return low.cache[d_out, s, last]  # type: ignore[no-any-return]
+    rows, columns = (s.before[d] + s.out[d] + s.after[d] for d in (0, 1))
+    around = _planes(s, s.groups * s.outs, 1, rows, last, columns if last else s.pitch)
+    low.cache[d_out, s, last] = around
+    low.put(pointwise(_inside(s, around), d_out))
+    return around
+
+
+def _inside(s: Shape, around: View) -> View:
+    inside = around.select(2, 0)
+    for d in (0, 1):
+        inside = inside.slice(2 + d, s.before[d], s.out[d])
+    return inside
+
+
+def _weight_slope(low: Lowering, s: Shape, inside: View, x: Value) -> View:
     planes = _phased(low, x, s)
     out = low.fresh((s.groups, s.outs, s.ins * prod(s.kernel)), "f32")
     low.put(correlate_weights(out, inside, planes, _offsets(s, planes, _weights(s)), s))
@@ -267,24 +219,13 @@ def _input_slope(low: Lowering, s: Shape, around: View, w: View) -> View:
     return d_x
 
 
-def _output(s: Shape, channels: int, high: int, wide: int) -> tuple[View, View]:
+def _output(s: Shape, each: int, high: int, wide: int) -> tuple[View, View]:
     """What a convolution writes, [batch, groups, channels, positions], and its images."""
-    every, span = s.groups * channels, high * s.pitch
+    every, span = s.groups * each, high * s.pitch
     buffer = Buffer("", "f32", s.batch * every * span + _SLACK)
-    shape = (s.batch, s.groups, channels, (high - 1) * s.pitch + wide)
-    flat = View(buffer, shape, (every * span, channels * span, span, 1))
+    shape = (s.batch, s.groups, each, (high - 1) * s.pitch + wide)
+    flat = View(buffer, shape, (every * span, each * span, span, 1))
     return flat, View(buffer, (s.batch, every, high, wide), (every * span, span, s.pitch, 1))
-
-
-def _table(e: Emitter, values: Sequence[int]) -> Any:
-    """A constant array; offsets in equal steps need none."""
-    kind = ir.ArrayType(I64, len(values))
-    name = e.module.get_unique_name("offsets")
-    table = ir.GlobalVariable(e.module, kind, name)
-    table.initializer = ir.Constant(kind, list(values))
-    table.global_constant = True
-    table.linkage = "internal"
-    return lambda k: e.b.load(e.b.gep(table, [i64(0), k]))
 
 
 def correlate(
@@ -300,7 +241,7 @@ def correlate(
 
     def emit(e: Emitter, at: Pointers) -> None:
         b = e.b
-        offset, weight = _table(e, reads), _table(e, taken)
+        offset, weight = channels.table(e, reads), channels.table(e, taken)
         image, weights, target = (at[v.buffer] for v in (planes, w, out))  # type: ignore[index]
         with ExitStack() as stack:
             i = stack.enter_context(e.loop(batch))
@@ -373,7 +314,7 @@ def correlate_weights(
 
     def emit(e: Emitter, at: Pointers) -> None:
         b = e.b
-        offset = _table(e, reads)
+        offset = channels.table(e, reads)
         image, slope, target = (at[v.buffer] for v in (planes, inside, out))  # type: ignore[index]
 
         def group(g: Any) -> None:

@@ -96,13 +96,17 @@ class Emitter:
         b.branch(head)
         b.position_at_end(end)
 
-    def vectors(self, count: int, body: Callable[[Any, int], None]) -> None:
-        """`body(i, width)` over `count` elements: whole vectors in a loop, then what is left."""
+    def vectors(self, count: int, body: Callable[[Any, int], None], again: bool = False) -> None:
+        """`body(i, width)` over `count` elements: whole vectors in a loop, then what is left. With
+        `again` that is one more vector, which computes some elements twice."""
         if count >= WIDTH:
             with self.loop(count - count % WIDTH, step=WIDTH) as i:
                 body(i, WIDTH)
+            if again and count % WIDTH:
+                return body(i64(count - WIDTH), WIDTH)
         for start, width in blocks(count, WIDTH):
             body(i64(start), width)
+        return None
 
     def variable(self, kind: Any, value: Any = None) -> Any:
         """A place that LLVM turns into a register."""
@@ -165,7 +169,7 @@ class Emitter:
         def turn(i: Any, w: int) -> None:
             self.store(self.load(source, dtype, i, w), to, dtype, i, w)
 
-        self.vectors(count, turn)
+        self.vectors(count, turn, again=True)
 
     def clear(self, to: Any, count: int) -> None:
         """Zeros for `count` floats."""

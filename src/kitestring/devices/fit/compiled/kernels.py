@@ -98,7 +98,8 @@ def pointwise(out: View, value: Value) -> Kernel:
             index = [stack.enter_context(e.loop(s)) for s in n.shape[:-1]]
             if not n.shape:
                 return turn([], 1)
-            e.vectors(size, lambda i, width: turn([*index, i], width))
+            again = all(v.buffer is not out.buffer for v in moved)
+            e.vectors(size, lambda i, width: turn([*index, i], width), again)
         return None
 
     return kernel("pointwise", emit, out, value)
@@ -168,7 +169,7 @@ def reduction(op: str, out: View, value: Value, dims: Sequence[int]) -> Kernel:
                     inner([*outer, *index, i], width, total)
                 put(e.b.load(total), [*outer, *(i64(0) for _ in gone), i], width)
 
-            e.vectors(size, lanes)
+            e.vectors(size, lanes, again=True)
         return None
 
     return kernel("reduction", emit, op, out, value, list(dims))
@@ -274,7 +275,7 @@ def _row(
         if not n.shape:
             return turn([], 1)
         index = [stack.enter_context(e.loop(size)) for size in n.shape[:-1]]
-        e.vectors(n.shape[-1], lambda i, width: turn([*index, i], width))
+        e.vectors(n.shape[-1], lambda i, width: turn([*index, i], width), not add)
     return None
 
 

@@ -25,6 +25,7 @@ from kitestring.devices.fit.compiled.views import (
     Value,
     View,
     constant,
+    leaves,
     plain,
     tried,
 )
@@ -75,8 +76,14 @@ class Lowering:
     def put(self, kernel: Kernel) -> None:
         self.kernels.append(kernel)
 
-    def fresh(self, shape: Sequence[int], dtype: str) -> View:
-        return plain(Buffer("", dtype, max(1, prod(shape))), shape)
+    def fresh(self, shape: Sequence[int], dtype: str, like: View | None = None) -> View:
+        """Memory of its own; its dimensions lie in the order of those of `like`."""
+        buffer = Buffer("", dtype, max(1, prod(shape)))
+        if like is None or len(like.shape) != len(shape):
+            return plain(buffer, shape)
+        order = sorted(range(len(shape)), key=lambda d: -like.strides[d])
+        back = sorted(range(len(shape)), key=order.__getitem__)
+        return plain(buffer, [shape[d] for d in order]).permute(back)
 
     def view(self, value: Lowered, contiguous: bool = False) -> View:
         """In memory."""
@@ -91,7 +98,8 @@ class Lowering:
             self.put(pointwise(table, constant(0.0, "f32", value.shape)))
             self.put(add_rows(table, value.ids, value.rows, self.wrong))
             return table
-        out = self.fresh(value.shape, value.dtype)
+        like = None if contiguous else _leader(value)
+        out = self.fresh(value.shape, value.dtype, like)
         self.put(pointwise(out, value))
         return out
 
@@ -118,3 +126,12 @@ class Lowering:
             found = self.view(value, contiguous=True).reshape(shape)
         assert found is not None
         return found
+
+
+def _leader(value: Value) -> View | None:
+    """The first view that has a place for every element: results lie as it does."""
+    for view in leaves(value):
+        whole = all(s > 0 or n == 1 for n, s in zip(view.shape, view.strides, strict=True))
+        if view.buffer is not None and whole and len(view.shape) > 2:
+            return view
+    return None

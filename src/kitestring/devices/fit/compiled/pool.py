@@ -31,7 +31,7 @@ def _windows(
             *x.shape[:-2],
             *(max(n, h + 2 * q) for n, h, q in zip(need, x.shape[-2:], p, strict=True)),
         )
-        padded = low.fresh(shape, "f32")
+        padded = low.fresh(shape, "f32", x)
         low.put(pointwise(padded, constant(fill, "f32", shape)))
         inside = padded.slice(first, p[0], x.shape[-2]).slice(first + 1, p[1], x.shape[-1])
         low.put(pointwise(inside, x))
@@ -58,17 +58,17 @@ def max_pool(
     if _pair(dilation) != (1, 1):
         raise Refused("dilated pooling")
     shape = tuple(node.meta["val"][0].shape)
-    _, parts = _windows(low, x, kernel_, stride or kernel_, padding, shape, float("-inf"))
+    x, parts = _windows(low, x, kernel_, stride or kernel_, padding, shape, float("-inf"))
     best: Value = parts[0]
     for part in parts[1:]:
         best = Expr("amax", (best, part), "f32", shape)
-    top = low.fresh(shape, "f32")
+    top = low.fresh(shape, "f32", x)
     low.put(pointwise(top, best))
     which: Any = constant(len(parts) - 1, "i64", shape)
     for number, part in reversed(list(enumerate(parts[:-1]))):
         hit = Expr("eq", (part, top), "bool", shape)
         which = Expr("where", (hit, constant(number, "i64", shape), which), "i64", shape)
-    code = low.fresh(shape, "i64")
+    code = low.fresh(shape, "i64", x)
     low.put(pointwise(code, which))
     return top, code
 
@@ -94,7 +94,7 @@ def _spread(
     s = _pair(stride) if stride else k
     need = [(o - 1) * t + w for o, t, w in zip(out[-2:], s, k, strict=True)]
     size = [max(n, h + 2 * q) for n, h, q in zip(need, x.shape[-2:], p, strict=True)]
-    padded = low.fresh((*x.shape[:-2], *size), "f32")
+    padded = low.fresh((*x.shape[:-2], *size), "f32", x if isinstance(x, View) else None)
     apart = s == k and need == size
     if not apart:
         low.put(pointwise(padded, constant(0.0, "f32", padded.shape)))
