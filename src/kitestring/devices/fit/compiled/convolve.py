@@ -141,7 +141,9 @@ def backward(
     s = _shape(x, w, pairs, groups)
     w = low.view(w, contiguous=True)
     d_out = low.view(d_out)
-    d_x = d_w = d_b = None
+    d_x: Value | None = None
+    d_w: Value | None = None
+    d_b: Value | None = None
     if wanted[0]:
         if channels.suits(groups, s.ins):
             d_x = channels.input_slope(low, s, _around(low, s, d_out, last=True), w)

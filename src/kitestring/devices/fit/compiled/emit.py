@@ -253,23 +253,31 @@ class Emitter:
         if view.buffer is None:
             steps = ir.Constant(ir.VectorType(I64, width), [stride * k for k in range(width)])
             return at if width == 1 else self.b.add(self.splat(at, width), steps)
+        return self.along(base, view.dtype, at, stride, width)
+
+    def along(self, base: Any, dtype: str, at: Any, stride: int, width: int) -> Any:
+        """`width` elements from `at`, each `stride` after the last."""
         if width == 1 or stride == 0:
-            return self.splat(self.load(base, view.dtype, at), width)
+            return self.splat(self.load(base, dtype, at), width)
         if stride == 1:
-            return self.load(base, view.dtype, at, width)
+            return self.load(base, dtype, at, width)
         apart = [self.b.add(at, i64(stride * k)) for k in range(width)]
-        return self.lanes([self.load(base, view.dtype, a) for a in apart])
+        return self.lanes([self.load(base, dtype, a) for a in apart])
 
     def write(
         self, value: Any, base: Any, view: View, index: Sequence[Any], lane: int, width: int
     ) -> None:
         at = self.address(view, index)
         stride = view.strides[lane] if view.strides else 0
+        self.spread(value, base, view.dtype, at, stride, width)
+
+    def spread(self, value: Any, base: Any, dtype: str, at: Any, stride: int, width: int) -> None:
+        """The reverse of `along`."""
         if width == 1 or stride == 1:
-            return self.store(value, base, view.dtype, at, width)
+            return self.store(value, base, dtype, at, width)
         for k in range(width):
             place = self.b.add(at, i64(stride * k))
-            self.store(self.lane(value, k, width), base, view.dtype, place)
+            self.store(self.lane(value, k, width), base, dtype, place)
         return None
 
     def address(self, view: View, index: Sequence[Any]) -> Any:

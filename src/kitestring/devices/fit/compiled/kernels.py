@@ -12,7 +12,15 @@ from math import prod
 from typing import Any
 
 from kitestring.devices.fit.compiled.emit import BYTES, WIDTH, Emitter, i64
-from kitestring.devices.fit.compiled.views import Buffer, Expr, Value, View, leaves, nest
+from kitestring.devices.fit.compiled.views import (
+    Buffer,
+    Expr,
+    Value,
+    View,
+    blocks,
+    leaves,
+    nest,
+)
 
 Pointers = dict[Buffer, Any]
 
@@ -149,14 +157,17 @@ def reduction(op: str, out: View, value: Value, dims: Sequence[int]) -> Kernel:
         with ExitStack() as stack:
             outer = [stack.enter_context(e.loop(shape[d])) for d in kept]
             if best in dims:
-                wide, narrow = fresh(min(WIDTH, _power(size))), fresh(1)
                 width = min(WIDTH, _power(size))
+                wide, narrow = fresh(width), fresh(1)
                 with ExitStack() as inside:
                     index = [inside.enter_context(e.loop(shape[d])) for d in gone]
                     with e.loop(size - size % width, step=width) as i:
                         inner([*outer, *index, i], width, wide)
-                    for k in range(size - size % width, size):
-                        inner([*outer, *index, i64(k)], 1, narrow)
+                    for k, part in blocks(size, width):
+                        spot = [*outer, *index, i64(k)]
+                        found = evaluate(e, value, iter(moved[1:]), at, spot, part)
+                        one = e.across(op, found, part)
+                        e.b.store(e.fold(op, e.b.load(narrow), one, 1), narrow)
                 total = e.across(op, e.b.load(wide), width)
                 total = e.fold(op, total, e.b.load(narrow), 1) if size % width else total
                 put(total, [*outer, *(i64(0) for _ in gone), i64(0)], 1)

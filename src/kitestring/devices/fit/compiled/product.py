@@ -89,18 +89,28 @@ class _Tile:
         self.m, self.k, self.n = a.shape[-2], a.shape[-1], b.shape[-1]
         self.scale = e.read(at[scale.buffer], scale, [], 0, 1) if scale else None  # type: ignore[index]
 
-    def read(self, view: View, i: Any, j: Any, lane: int, width: int) -> Any:
-        index = [*self.index, i, j]
-        return self.e.read(self.at[view.buffer], view, index, len(index) - 2 + lane, width)  # type: ignore[index]
+    def spot(self, view: View, i: Any, j: Any) -> Any:
+        return self.e.address(view, [*self.index, i, j])
 
-    def finish(self, total: Any, i: Any, j: Any, width: int) -> None:
-        e = self.e
-        if self.scale is not None:
-            total = e.b.fmul(total, e.splat(self.scale, width), flags=FLAGS)
-        if self.start is not None:
-            total = e.b.fadd(self.read(self.start, i, j, 1, width), total, flags=FLAGS)
-        index = [*self.index, i, j]
-        e.write(total, self.at[self.out.buffer], self.out, index, len(index) - 1, width)  # type: ignore[index]
+    def read(self, view: View, spot: Any, r: int, c: int, lane: int, width: int) -> Any:
+        """`width` elements along the last dimension (`lane` 1) or the one before, from r rows and
+        c columns after a spot."""
+        at = self.e.b.add(spot, i64(r * view.strides[-2] + c * view.strides[-1]))
+        base = self.at[view.buffer]  # type: ignore[index]
+        return self.e.along(base, view.dtype, at, view.strides[lane - 2], width)
+
+    def finish(self, totals: Any, i: Any, j: Any) -> None:
+        """Write what (row, column, width) -> sum holds, from row i and column j on."""
+        e, out, start = self.e, self.out, self.start
+        aim = self.spot(out, i, j)
+        head = self.spot(start, i, j) if start else None
+        for (r, c, width), total in totals.items():
+            if self.scale is not None:
+                total = e.b.fmul(total, e.splat(self.scale, width), flags=FLAGS)
+            if start is not None:
+                total = e.b.fadd(self.read(start, head, r, c, 1, width), total, flags=FLAGS)
+            at = e.b.add(aim, i64(r * out.strides[-2] + c * out.strides[-1]))
+            e.spread(total, self.at[out.buffer], "f32", at, out.strides[-1], width)  # type: ignore[index]
 
     def columns(self) -> None:
         e = self.e
@@ -110,29 +120,21 @@ class _Tile:
             parts += blocks(wide, WIDTH)
 
             def rows(i: Any, count: int) -> None:
-                here = [e.b.add(i, i64(r)) for r in range(count)]
-                there = [e.b.add(j, i64(p)) for p, _ in parts]
-                totals = {
-                    (r, p): e.variable(e.kind("f32", width), None)
-                    for r in range(count)
-                    for p, (_, width) in enumerate(parts)
-                }
-                for (_, p), total in totals.items():
-                    e.b.store(e.number(0.0, "f32", parts[p][1]), total)
+                cells = [(r, p, width) for r in range(count) for p, width in parts]
+                totals = {cell: e.variable(e.kind("f32", cell[2])) for cell in cells}
+                for (*_, width), total in totals.items():
+                    e.b.store(e.number(0.0, "f32", width), total)
                 with e.loop(self.k) as k:
-                    b = [
-                        self.read(self.b, k, j, 1, w)
-                        for j, (_, w) in zip(there, parts, strict=True)
-                    ]
+                    left, right = self.spot(self.a, i, k), self.spot(self.b, k, j)
+                    b = {p: self.read(self.b, right, 0, p, 1, w) for p, w in parts}
                     for r in range(count):
-                        a = self.read(self.a, here[r], k, 0, 1)
-                        for p, (_, w) in enumerate(parts):
-                            total = totals[r, p]
+                        a = self.read(self.a, left, r, 0, 0, 1)
+                        for p, w in parts:
+                            total = totals[r, p, w]
                             e.b.store(e.fma(e.splat(a, w), b[p], e.b.load(total)), total)
-                for (r, p), total in totals.items():
-                    self.finish(e.b.load(total), here[r], there[p], parts[p][1])
+                self.finish({cell: e.b.load(total) for cell, total in totals.items()}, i, j)
 
-            runs(self.e, self.m, max(1, REGISTERS // len(parts)), rows)
+            runs(e, self.m, max(1, REGISTERS // len(parts)), rows)
 
         most = COLUMNS * WIDTH
         whole = self.n - self.n % most
@@ -145,14 +147,12 @@ class _Tile:
     def dots(self) -> None:
         e, rest = self.e, self.k % WIDTH
 
-        def tail(view: View, i: Any, j: Any) -> Any:
-            place = e.address(view, [*self.index, i, j])
-            return e.some(self.at[view.buffer], place, rest)  # type: ignore[index]
+        def tail(view: View, spot: Any, r: int, c: int) -> Any:
+            at = e.b.add(spot, i64(r * view.strides[-2] + c * view.strides[-1]))
+            return e.some(self.at[view.buffer], at, rest)  # type: ignore[index]
 
         def cell(i: Any, rows: int) -> None:
             def across(j: Any, count: int) -> None:
-                here = [e.b.add(i, i64(r)) for r in range(rows)]
-                there = [e.b.add(j, i64(c)) for c in range(count)]
                 pairs = [(r, c) for r in range(rows) for c in range(count)]
                 totals = {p: e.variable(e.kind("f32", WIDTH)) for p in pairs}
                 for total in totals.values():
@@ -163,19 +163,28 @@ class _Tile:
                         total = totals[r, c]
                         e.b.store(e.fma(a[r], b[c], e.b.load(total)), total)
 
+                def spots(k: Any) -> tuple[Any, Any]:
+                    return self.spot(self.a, i, k), self.spot(self.b, k, j)
+
                 if self.k >= WIDTH:
                     with e.loop(self.k - rest, step=WIDTH) as k:
+                        left, right = spots(k)
                         step(
-                            [self.read(self.a, r, k, 1, WIDTH) for r in here],
-                            [self.read(self.b, k, c, 0, WIDTH) for c in there],
+                            [self.read(self.a, left, r, 0, 1, WIDTH) for r in range(rows)],
+                            [self.read(self.b, right, 0, c, 0, WIDTH) for c in range(count)],
                         )
                 if rest:
-                    k = i64(self.k - rest)
-                    step([tail(self.a, r, k) for r in here], [tail(self.b, k, c) for c in there])
-                for r, c in pairs:
-                    total = e.across("sum", e.b.load(totals[r, c]), WIDTH)
-                    self.finish(total, here[r], there[c], 1)
+                    left, right = spots(i64(self.k - rest))
+                    step(
+                        [tail(self.a, left, r, 0) for r in range(rows)],
+                        [tail(self.b, right, 0, c) for c in range(count)],
+                    )
+                sums = {
+                    (r, c, 1): e.across("sum", e.b.load(total), WIDTH)
+                    for (r, c), total in totals.items()
+                }
+                self.finish(sums, i, j)
 
-            runs(self.e, self.n, max(1, REGISTERS // rows), across)
+            runs(e, self.n, max(1, REGISTERS // rows), across)
 
-        runs(self.e, self.m, REGISTERS // 2, cell)
+        runs(e, self.m, REGISTERS // 2, cell)
