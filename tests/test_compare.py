@@ -146,6 +146,8 @@ def test_a_finished_run_resumes_to_itself(done: tuple[Path, str]) -> None:
         (["compare", "digit"], "Did you mean 'digits'"),
         (["compare", "--only", "fedavgg"], "Did you mean 'fedavg'"),
         (["compare", "--profile", "fone"], "Did you mean 'phone'"),
+        (["compare", "--device", "gpu"], "device 'gpu': torch has no such device here"),
+        (["compare", "--device", "cuda:99"], "Leave --device out"),
         (["compare", "--limit", "fast please"], "fast please"),
         (["compare", "--prices", "no-such-file.toml"], "no-such-file.toml"),
         (["compare", "--seeds", "0"], "--seeds 0"),

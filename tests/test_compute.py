@@ -284,6 +284,75 @@ def test_frozen_weights_stay_and_have_no_gradient() -> None:
     assert tiny.apart(*ends) < SGD
 
 
+# --- another device than the CPU
+
+
+@pytest.mark.parametrize("how", ["sequential", "vmap", "auto"])
+def test_the_cpu_by_name_is_what_is_computed_on_anyhow(how: Any) -> None:
+    made, weights, rows = devices("mlp", [5, 1, 0, 7])
+    recipe, first = Recipe(0.05, 2, 3, "adam"), TorchCompute({"p": made}, how)
+    named = TorchCompute({"p": made}, how, device="cpu")
+    assert named.program("p") is made
+    a, b = (c.fit("p", weights, rows, recipe, key=keys(4)) for c in (first, named))
+    assert all(np.array_equal(a.parameters[k], b.parameters[k]) for k in weights)
+    assert np.array_equal(a.loss, b.loss)
+    a, b = (c.predict("p", weights, {"x": rows["x"]}) for c in (first, named))
+    assert np.array_equal(a["out"].values, b["out"].values)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "meta", "xla", "cuda:99"])
+def test_a_device_that_torch_does_not_have(name: str) -> None:
+    made, _, _ = devices("mlp", [1])
+    with pytest.raises(SettingError, match=f"device '{name}': torch has no .* --device"):
+        TorchCompute({"p": made}, device=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_cuda() -> None:
+    made, _, _ = devices("mlp", [1])
+    with pytest.raises(SettingError, match=r"no CUDA device here.* install a CUDA build of torch"):
+        TorchCompute({"p": made}, device="cuda")
+
+
+def test_rows_that_lie_elsewhere_are_moved_once_and_are_the_same_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told that the CPU is another device, which it then is to itself."""
+    made, weights, rows = devices("mlp", [5, 1, 0, 7])
+    lying = {}
+    for name, r in rows.items():  # in another order, with rows of others between
+        real = [r.values[d, :m] for d, m in enumerate(r.n)]
+        flat = np.concatenate([real[3], real[3][:2], real[1], real[0]])
+        lying[name] = Rows.lying(flat, np.array([10, 9, 0, 0]), r.n)
+    recipe = Recipe(0.05, 2, 3)
+    compute = TorchCompute({"p": made}, "vmap")
+    a = compute.fit("p", weights, lying, recipe, key=keys(4))
+    monkeypatch.setattr("kitestring.devices.fit.vmapped.CPU", torch.device("meta"))
+    b = compute.fit("p", weights, lying, recipe, key=keys(4))
+    assert compute.explain("p") == "vmap"
+    assert all(np.array_equal(a.parameters[k], b.parameters[k]) for k in weights)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is none")
+@pytest.mark.parametrize("how", ["sequential", "vmap", "auto"])
+@pytest.mark.parametrize("kind", MODULES)
+def test_cuda_computes_what_the_cpu_does(kind: str, how: Any) -> None:
+    made, weights, rows = devices(kind, [5, 1, 0, 7])
+    here = TorchCompute({"p": made}, "sequential")
+    there = TorchCompute({"p": made}, how, device="cuda")
+    for recipe in (
+        Recipe(0.05, 2, 3, momentum=0.5, mu=0.1, clip=1.0), Recipe(0.05, 2, 3, shuffle=False),
+    ):  # fmt: skip
+        a, b = (c.fit("p", weights, rows, recipe, key=keys(4)) for c in (here, there))
+        assert tiny.apart(a.parameters, b.parameters) < 1e-3
+        assert np.allclose(a.loss, b.loss, rtol=1e-3)
+    assert "compiled code is for the CPU" in there.explain("p") or how != "auto"
+    found, other = (c.predict("p", weights, {"x": rows["x"]}) for c in (here, there))
+    assert tiny.apart(found, other) < 1e-3
+    for one, two in zip(*(c.backward("p", weights, rows)[1:] for c in (here, there)), strict=True):
+        assert tiny.apart(one, two) < 1e-3
+
+
 # --- counting and refusing
 
 

@@ -54,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
         help="how devices are computed: all at once, one by one, or what is faster",
     )  # fmt: skip
     what.add_argument(
+        "--device", default="cpu", metavar="NAME",
+        help="torch device to compute on, such as cuda or cuda:1 (cpu)",
+    )  # fmt: skip
+    what.add_argument(
         "--lost",
         type=float,
         default=0.0,
@@ -141,6 +145,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
         trials=given.trials,
         profile=given.profile,
         compute=given.compute,
+        device=given.device,
         lost=given.lost,
     )
     if given.workers is not None and given.workers < 1:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from kitestring.arrays import Array as Array
 from kitestring.arrays import Rows as Rows
+from kitestring.arrays import Touched as Touched
 from kitestring.arrays import Tree as Tree
 
 Kind: TypeAlias = Literal["data", "features", "parameters", "scalars"]

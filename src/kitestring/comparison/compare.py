@@ -37,7 +37,7 @@ def compare(
     there."""
     task = order.load()
     notes = validate(task)
-    bench = Bench(task, profile(order.profile), order.compute, order.lost)
+    bench = Bench(task, profile(order.profile), order.compute, order.lost, order.device)
     programs = bench.compute(0).programs
     fits(task, programs, bench.profile)
     names = set(programs)

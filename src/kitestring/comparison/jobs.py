@@ -58,6 +58,7 @@ class Bench:
     profile: Profile
     how: How
     lost: float
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         users = self.task.users
@@ -74,7 +75,7 @@ class Bench:
         made: dict[int, TorchCompute] = self._computes  # type: ignore[attr-defined]
         if seed not in made:
             first = next(iter(made.values()), None)
-            made[seed] = TorchCompute(self._programs(seed), self.how, like=first)
+            made[seed] = TorchCompute(self._programs(seed), self.how, first, self.device)
         return made[seed]
 
     def _programs(self, seed: int) -> Any:
@@ -84,8 +85,11 @@ class Bench:
         return programs(self.task, seed, np.asarray(first[:2]))
 
     def chunk(self) -> int:
-        """Devices at a time: enough to spread the cost of a step, few enough to fit the caches."""
+        """Devices at a time: enough to spread the cost of a step, few enough to fit the caches.
+        A GPU is busy with more of them; how many more was not measured on one."""
         size = size_in_bytes(self.compute(0).initial("small"))
+        if self.compute(0).device.type != "cpu":
+            return int(np.clip(256 * 2**20 // max(1, size), 64, 512))
         return int(np.clip(16 * 2**20 // max(1, size), 8, 64))
 
 

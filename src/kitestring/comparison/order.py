@@ -10,7 +10,7 @@ import numpy as np
 from kitestring.collaborate.about import NEEDS, About, Budget
 from kitestring.comparison.jobs import Bench
 from kitestring.comparison.methods import shown
-from kitestring.devices.fit.compute import How
+from kitestring.devices.fit.compute import How, usable
 from kitestring.devices.profiles import profile
 from kitestring.errors import SettingError
 from kitestring.tasks.find import find, first_users
@@ -33,6 +33,7 @@ class Order:
     trials: int = 3
     profile: str = "phone"
     compute: How = "auto"
+    device: str = "cpu"
     lost: float = 0.0
 
     def __post_init__(self) -> None:
@@ -44,6 +45,7 @@ class Order:
             raise SettingError(f"--lost {self.lost} is not a share", mend="Give a number in [0, 1)")
         shown(self.only)
         profile(self.profile)
+        usable(self.device)
 
     def load(self) -> Task | Recorded:
         if self.csv is not None:

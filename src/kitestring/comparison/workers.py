@@ -89,7 +89,7 @@ def _prepare(order: Order, heard: Any, parent: int, shared: Any) -> None:
     global _bench, _budget, _heard
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     thread_per_process()
-    _bench = Bench(order.load(), profile(order.profile), order.compute, order.lost)
+    _bench = Bench(order.load(), profile(order.profile), order.compute, order.lost, order.device)
     _budget, _heard = shared, heard
 
 

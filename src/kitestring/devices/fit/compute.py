@@ -14,10 +14,10 @@ from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit import check_native, sequential, vmapped
 from kitestring.devices.fit.check_native import native
 from kitestring.devices.fit.compiled.views import Refused
-from kitestring.devices.fit.programs import Program
+from kitestring.devices.fit.programs import CPU, Program
 from kitestring.devices.fit.recipes import check
 from kitestring.devices.fit.schedule import schedule
-from kitestring.errors import unknown
+from kitestring.errors import SettingError, unknown
 
 How = Literal["auto", "compiled", "sequential", "vmap"]
 # Operations a row from which convolutions are left one by one. Grouped ones still won narrowly at
@@ -29,26 +29,32 @@ T = TypeVar("T")
 
 class TorchCompute:
     """`how`: "auto" takes compiled code where there is some, then vmap where a module can be
-    mapped and that is faster, then one device after the other. "compiled" does without vmap."""
+    mapped and that is faster, then one device after the other. "compiled" does without vmap.
+    `device`: the torch device to compute on, as in "cuda"; what goes in and out are arrays."""
 
     concurrent = True  # several threads may call at once: modules and memory are each one's own
 
     def __init__(
-        self, programs: Mapping[str, Program], how: How = "auto", like: TorchCompute | None = None
+        self,
+        programs: Mapping[str, Program],
+        how: How = "auto",
+        like: TorchCompute | None = None,
+        device: str = "cpu",
     ) -> None:
         """`like`: of the same programs with other initial weights; what it has compiled and
         tried serves here too."""
-        self.how = how
+        self.how, self.device = how, usable(device)
         self.used: dict[tuple[str, str], str] = {}  # (program, verb) -> how; callers may clear it
         self._initial = {name: p.initial() for name, p in programs.items()}
-        self._code = native() if how in ("auto", "compiled") else None
+        compiles = how in ("auto", "compiled") and self.device == CPU
+        self._code = native() if compiles else None
         self._maps_it: dict[tuple[str, bool], str] = {}
         self._tried: dict[tuple[str, str, int], str] = {}
-        self.programs = programs
-        if like is not None and like.how == how:
+        self.programs = {name: p.on(self.device) for name, p in programs.items()}
+        if like is not None and (like.how, like.device) == (how, self.device):
             shared = programs.keys() & like.programs.keys()
             if all(programs[name].resembles(like.programs[name]) for name in shared):
-                self.programs = {**programs, **{name: like.programs[name] for name in shared}}
+                self.programs |= {name: like.programs[name] for name in shared}
                 self._code, self._maps_it, self._tried = like._code, like._maps_it, like._tried
 
     def program(self, name: str) -> Program:
@@ -84,7 +90,10 @@ class TorchCompute:
     ) -> T | None:
         """What compiled code gives; None where there is none. On its first use for batches of
         that many rows it is compared with one device after the other."""
-        why = "llvmlite is not installed" if self.how in ("auto", "compiled") else ""
+        why = ""
+        if self.how in ("auto", "compiled"):
+            cpu = self.device == CPU
+            why = "llvmlite is not installed" if cpu else "compiled code is for the CPU"
         if self._code is not None:
             key = (p.name, verb, rows)
             try:
@@ -124,7 +133,8 @@ class TorchCompute:
         if self.how in ("sequential", "compiled"):
             return "as asked" if self.how == "sequential" else "vmap was not asked for"
         why = _unmappable(program, trains) or _probe(program, weights, rows, trains)
-        if not why and self.how == "auto" and _convolves(program.module):
+        slow = self.how == "auto" and self.device == CPU and _convolves(program.module)
+        if not why and slow:
             heavy = program.flops(rows) > _HEAVY
             why = "convolutions of this size are faster so" if heavy else ""
         return why
@@ -313,6 +323,25 @@ def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bo
     if not all(np.allclose(a[k], b[k], rtol=1e-3, atol=1e-5, equal_nan=True) for k in a):
         return "vmap gives other numbers"
     return ""
+
+
+def usable(name: str) -> torch.device:
+    """The torch device of that name, tried: a number must go there and come back."""
+    try:
+        there = torch.zeros(1, device=name)
+        there.cpu()
+    except (RuntimeError, AssertionError, ImportError):  # torch has one for each kind of device
+        bare = name.partition(":")[0] == "cuda" and not torch.cuda.is_available()
+        raise SettingError(
+            f"torch has no {'CUDA device' if bare else 'such device'} here", f"device {name!r}",
+            "Leave --device out, or "
+            + ("install a CUDA build of torch" if bare else "name one that it has, such as cuda:0"),
+        ) from None  # fmt: skip
+    if there.device.type == "cuda":
+        # By default convolutions are rounded to ten bits there: ways would differ by more than
+        # float error.
+        torch.backends.cudnn.allow_tf32 = False
+    return CPU if there.device.type == "cpu" else there.device
 
 
 def thread_per_process() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,34 +19,48 @@ from kitestring.core import Array, Rows, Tree
 from kitestring.errors import TaskError
 
 Batch = Mapping[str, Tensor]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Program:
     """`module` maps columns [n, ...] to named outputs [n, ...]; `loss` maps those to [n].
 
-    `after(outputs, columns)` reworks what is predicted: a confidence, the last position, a loss."""
+    `after(outputs, columns)` reworks what is predicted: a confidence, the last position, a loss.
+    Copies of the module compute on the torch `device`; the module itself stays where it is."""
 
     name: str
     module: nn.Module
     loss: Callable[[Batch, Batch], Tensor] | None = None
     after: Callable[[Batch, Batch], dict[str, Tensor]] | None = None
+    device: torch.device = CPU
     _flops: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
     _draws: list[bool] = field(default_factory=list, compare=False, repr=False)
     _own: threading.local = field(default_factory=threading.local, compare=False, repr=False)
+
+    def on(self, device: torch.device) -> Program:
+        """The same program on that device."""
+        if device == self.device:
+            return self
+        # Nothing noted here is shared: it may be of the other device.
+        return replace(self, device=device, _flops={}, _draws=[], _own=threading.local())
+
+    def put(self, array: Array) -> Tensor:
+        """On the device; the array's own memory where that is the CPU, if it can be."""
+        return tensor(array).to(self.device)
 
     @property
     def training(self) -> nn.Module:
         """The calling thread's own copy, for weights to be loaded into."""
         if not hasattr(self._own, "training"):
-            self._own.training = copy.deepcopy(self.module).train()
+            self._own.training = copy.deepcopy(self.module).to(self.device).train()
         return self._own.training  # type: ignore[no-any-return]
 
     @property
     def evaluating(self) -> nn.Module:
         """The same, as it predicts."""
         if not hasattr(self._own, "evaluating"):
-            self._own.evaluating = copy.deepcopy(self.module).eval()
+            self._own.evaluating = copy.deepcopy(self.module).to(self.device).eval()
         return self._own.evaluating  # type: ignore[no-any-return]
 
     @cached_property
@@ -111,7 +125,7 @@ class Program:
         rows = {k: r.row for k, r in sorted(columns.items())}
         key = tuple((k, shape, np.dtype(dtype).name) for k, (shape, dtype) in rows.items())
         if key not in self._flops:
-            row = {k: tensor(np.zeros((1, *shape), dtype)) for k, (shape, dtype) in rows.items()}
+            row = {k: self.put(np.zeros((1, *shape), dtype)) for k, (shape, dtype) in rows.items()}
             counter = FlopCounterMode(display=False)
             counter.mod_tracker = _Untracked()  # type: ignore[assignment]
             with torch.no_grad(), counter:
@@ -154,6 +168,11 @@ def tensor(array: Array) -> Tensor:
     """Without a copy, except of what is not laid out plainly or may not be written to."""
     plain = array.flags.c_contiguous and array.flags.writeable
     return torch.from_numpy(array if plain else np.array(array))
+
+
+def array(tensor: Tensor) -> Array:
+    """Back from whatever device; without a copy where that is the CPU."""
+    return tensor.cpu().numpy()
 
 
 def size_in_bytes(weights: Tree) -> int:

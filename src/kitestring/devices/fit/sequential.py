@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
-from kitestring.devices.fit.programs import Program, tensor
+from kitestring.devices.fit.programs import Program, array
 from kitestring.devices.fit.schedule import Schedule
 
 _DICE = threading.Lock()  # torch has one generator for all threads: who draws from it is alone
 
 
-def _unstacked(stacked: Array) -> tuple[Tensor, ...]:
+def _unstacked(program: Program, stacked: Array) -> tuple[Tensor, ...]:
     """Each device's leaf; what is broadcast is one tensor over and over."""
     if stacked.strides[0] == 0:
-        return (tensor(stacked[0]),) * len(stacked)
-    return tensor(stacked).unbind()
+        return (program.put(stacked[0]),) * len(stacked)
+    return program.put(stacked).unbind()
 
 
 def _copy(into: list[Tensor], leaves: list[Tensor]) -> None:
@@ -35,15 +35,16 @@ def _copy(into: list[Tensor], leaves: list[Tensor]) -> None:
 class _Stack:
     """Weights of D devices: puts one device's into a module, and takes the trained ones out."""
 
-    def __init__(self, module: nn.Module, weights: Tree, still: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, program: Program, module: nn.Module, weights: Tree, still: Sequence[Tensor] = ()
+    ) -> None:
         """Those parameters of the module that stand `still` are given back as they came."""
         fixed = {id(p) for p in still}
         self._state = module.state_dict(keep_vars=True)
-        self._weights, self._given = weights, {k: _unstacked(a) for k, a in weights.items()}
+        self._weights = weights
+        self._given = {k: _unstacked(program, a) for k, a in weights.items()}
         self._moving = [k for k in weights if id(self._state[k]) not in fixed]
-        self._ends = {
-            k: torch.from_numpy(np.empty_like(weights[k], order="C")) for k in self._moving
-        }
+        self._ends = {k: program.put(np.empty_like(weights[k], order="C")) for k in self._moving}
         self._out = [leaf.unbind() for leaf in self._ends.values()]
         # What is the same for all and stays so is loaded once.
         self._each = [k for k in weights if k in self._moving or weights[k].strides[0] != 0]
@@ -59,7 +60,7 @@ class _Stack:
         _copy([leaf[d] for leaf in self._out], ends)
 
     def tree(self) -> Tree:
-        return Tree({**self._weights, **{k: a.numpy() for k, a in self._ends.items()}})
+        return Tree({**self._weights, **{k: array(a) for k, a in self._ends.items()}})
 
 
 def fit(
@@ -79,11 +80,12 @@ def fit(
     for name, p in named.items():
         p.requires_grad_(name in chosen)
     train: list[Tensor] = [named[name] for name in chosen]
-    stack = _Stack(module, weights, [p for p in named.values() if not p.requires_grad])
-    pulls = _by_place(chosen, train, weights if centre is None else centre) if recipe.mu else {}
-    shifts = _by_place(chosen, train, linear or {})
+    stack = _Stack(program, module, weights, [p for p in named.values() if not p.requires_grad])
+    towards = weights if centre is None else centre
+    pulls = _by_place(program, chosen, train, towards) if recipe.mu else {}
+    shifts = _by_place(program, chosen, train, linear or {})
     optimiser = _optimiser(train, recipe)
-    norms, losses = _norms(module), torch.zeros(len(plan.steps))
+    norms, losses = _norms(module), torch.zeros(len(plan.steps), device=program.device)
     draws = _draws(program, rows, plan, recipe)
     with _DICE if draws else nullcontext():
         for d, total in enumerate(losses.unbind()):
@@ -91,26 +93,27 @@ def fit(
                 stack.load(d)
                 _recount(program)
                 if draws:
+                    # Of every kind of device.
                     torch.manual_seed(int(seeds[d] >> np.uint64(1)))
                 if optimiser is not None:
                     optimiser.state.clear()
                 pull = {i: leaves[d] for i, leaves in pulls.items()}
                 shift = {i: leaves[d] for i, leaves in shifts.items()}
-                for batch in _batches(rows, plan, recipe, d):
+                for batch in _batches(program, rows, plan, recipe, d):
                     loss = _loss(program, module, norms, batch)
                     _descend(loss, train, recipe, optimiser, pull, shift)
                     total.add_(loss.detach())
             stack.take(d, trained=plan.steps[d] > 0)
-    mean = losses.numpy() / np.maximum(1, plan.steps).astype(np.float32)
+    mean = array(losses) / np.maximum(1, plan.steps).astype(np.float32)
     return Fit(stack.tree(), mean, plan.steps)
 
 
 def _by_place(
-    chosen: Sequence[str], train: Sequence[Tensor], tree: Mapping[str, Array]
+    program: Program, chosen: Sequence[str], train: Sequence[Tensor], tree: Mapping[str, Array]
 ) -> dict[int, tuple[Tensor, ...]]:
     """The devices' leaves of a tree, by the place that their weight has in `train`."""
     return {
-        i: tuple(leaf.to(p.dtype) for leaf in _unstacked(tree[name]))
+        i: tuple(leaf.to(p.dtype) for leaf in _unstacked(program, tree[name]))
         for i, (name, p) in enumerate(zip(chosen, train, strict=True))
         if name in tree
     }
@@ -135,7 +138,7 @@ def _recount(program: Program) -> None:
 
 
 def _batches(
-    rows: Mapping[str, Rows], plan: Schedule, recipe: Recipe, d: int
+    program: Program, rows: Mapping[str, Rows], plan: Schedule, recipe: Recipe, d: int
 ) -> Iterator[dict[str, Tensor]]:
     """The minibatches of device d: slices of its rows where those are not shuffled."""
     lying, steps = {name: r.flat for name, r in rows.items()}, int(plan.steps[d])
@@ -143,9 +146,9 @@ def _batches(
     own = {name: flat[start[d] : start[d] + n] for name, (flat, start) in lying.items()}
     if recipe.shuffle:
         for index, count in zip(plan.index[d, :steps], plan.real[d, :steps].sum(-1), strict=True):
-            yield {k: torch.from_numpy(v.take(index[:count], 0)) for k, v in own.items()}
+            yield {k: program.put(v.take(index[:count], 0)) for k, v in own.items()}
         return
-    columns = {k: tensor(v) for k, v in own.items()}
+    columns = {k: program.put(v) for k, v in own.items()}
     for _ in range(recipe.epochs):
         for at in range(0, n, recipe.batch):
             yield {k: v[at : at + recipe.batch] for k, v in columns.items()}
@@ -169,7 +172,7 @@ def _draws(program: Program, rows: Mapping[str, Rows], plan: Schedule, recipe: R
 
     def trial() -> None:
         module = program.training
-        first = next(_batches(rows, plan, recipe, int(plan.steps.argmax())))
+        first = next(_batches(program, rows, plan, recipe, int(plan.steps.argmax())))
         with _DICE:
             _loss(program, module, _norms(module), first)
 
@@ -210,14 +213,14 @@ def _descend(
 def predict(program: Program, weights: Tree, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Columns [D, L, ...] -> outputs [D, L, ...]."""
     module = program.evaluating
-    stack = _Stack(module, weights, list(module.parameters()))
+    stack = _Stack(program, module, weights, list(module.parameters()))
     found: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for d in range(len(next(iter(inputs.values())))):
             stack.load(d)
-            batch = {k: tensor(v[d]) for k, v in inputs.items()}
+            batch = {k: program.put(v[d]) for k, v in inputs.items()}
             found.append(program.predict(module(batch), batch))
-    return {k: torch.stack([out[k] for out in found]).numpy() for k in found[0]}
+    return {k: array(torch.stack([out[k] for out in found])) for k in found[0]}
 
 
 def backward(
@@ -231,19 +234,19 @@ def backward(
 
     The gradients of what `predict` computes: no dropout, and rows do not see one another."""
     module = program.evaluating
-    stack = _Stack(module, weights, list(module.parameters()))
+    stack = _Stack(program, module, weights, list(module.parameters()))
     losses, d_weights, d_columns = [], [], []
     for d in range(len(row_weights)):
         stack.load(d)
-        batch = {k: tensor(v[d]) for k, v in columns.items()}
+        batch = {k: program.put(v[d]) for k, v in columns.items()}
         wanted = {k: v.requires_grad_() for k, v in batch.items() if v.is_floating_point()}
         named = {k: p for k, p in module.named_parameters() if p.requires_grad}
         out = module({**batch, **wanted})
         if cotangent is not None:
-            total = sum((out[k] * tensor(c[d])).sum() for k, c in cotangent.items())
+            total = sum((out[k] * program.put(c[d])).sum() for k, c in cotangent.items())
         else:
             assert program.loss is not None
-            total = (program.loss(out, batch) * torch.from_numpy(row_weights[d])).sum()
+            total = (program.loss(out, batch) * program.put(row_weights[d])).sum()
         assert isinstance(total, Tensor)
         targets = [*named.values(), *wanted.values()]
         found = torch.autograd.grad(total, targets, allow_unused=True)
@@ -255,6 +258,6 @@ def backward(
         d_columns.append(dict(zip(wanted, filled[len(named) :], strict=True)))
     return (
         np.array(losses, np.float32),
-        {k: torch.stack([g[k] for g in d_weights]).numpy() for k in d_weights[0]},
-        {k: torch.stack([g[k] for g in d_columns]).numpy() for k in d_columns[0]},
+        {k: array(torch.stack([g[k] for g in d_weights])) for k in d_weights[0]},
+        {k: array(torch.stack([g[k] for g in d_columns])) for k in d_columns[0]},
     )

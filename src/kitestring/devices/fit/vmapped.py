@@ -6,7 +6,7 @@ one: no masked-out work, and the same numbers as one after the other within floa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
-from kitestring.devices.fit.programs import Program, tensor
+from kitestring.devices.fit.programs import CPU, Program, array
 from kitestring.devices.fit.schedule import Schedule
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults
@@ -23,8 +23,8 @@ _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 Leaves = dict[str, Tensor]
 
 
-def _tensors(arrays: Mapping[str, Array]) -> Leaves:
-    return {k: tensor(a) for k, a in arrays.items()}
+def _tensors(program: Program, arrays: Mapping[str, Array]) -> Leaves:
+    return {k: program.put(a) for k, a in arrays.items()}
 
 
 def fit(
@@ -50,44 +50,61 @@ def fit(
     order = np.argsort(-plan.steps, stable=True)
     steps, index = plan.steps[order], plan.index[order]
     share = plan.real[order] / np.maximum(1, plan.real[order].sum(-1, keepdims=True))
-    share = torch.from_numpy(share.astype(np.float32))
-    lying = {k: r.flat for k, r in rows.items()}
-    columns = {k: (flat, start[order, None]) for k, (flat, start) in lying.items()}
+    share = program.put(share.astype(np.float32))
+    batches = _batches(program, rows, order, index)
 
-    train = {k: torch.from_numpy(weights[k][order]) for k in program.chosen(recipe.train)}
+    train = {k: program.put(weights[k][order]) for k in program.chosen(recipe.train)}
     others = {k: a for k, a in weights.items() if k not in train}
-    shared = {k: tensor(a[0]) for k, a in others.items() if a.strides[0] == 0}
-    held = {k: torch.from_numpy(a[order]) for k, a in others.items() if k not in shared}
-    pulls = _sorted(weights if centre is None else centre, train, order) if recipe.mu else {}
-    shifts = _sorted(linear or {}, train, order)
+    shared = {k: program.put(a[0]) for k, a in others.items() if a.strides[0] == 0}
+    held = {k: program.put(a[order]) for k, a in others.items() if k not in shared}
+    towards = weights if centre is None else centre
+    pulls = _sorted(program, towards, train, order) if recipe.mu else {}
+    shifts = _sorted(program, linear or {}, train, order)
     memory = _memory(train, recipe)
-    losses, last = torch.zeros(len(steps)), 0
+    losses, last = torch.zeros(len(steps), device=program.device), 0
     for t in range(int(steps.max(initial=0))):
         k = int((steps > t).sum())
         if k != last:
             now, at_rest, *state = (_first(leaves, k) for leaves in (train, held, *memory))
             pull, shift, last = _first(pulls, k), _first(shifts, k), k
-        batch = {
-            name: torch.from_numpy(flat.take(start[:k] + index[:k, t], 0))
-            for name, (flat, start) in columns.items()
-        }
-        slopes, value = gradient(now, at_rest, shared, batch, share[:k, t])
+        slopes, value = gradient(now, at_rest, shared, batches(k, t), share[:k, t])
         losses[:k] += value
-        for name, towards in pull.items():
-            slopes[name] = slopes[name].add(now[name] - towards, alpha=recipe.mu)
+        for name, centred in pull.items():
+            slopes[name] = slopes[name].add(now[name] - centred, alpha=recipe.mu)
         for name, more in shift.items():
             slopes[name] = slopes[name] + more
         _descend(now, [slopes[name] for name in now], state, recipe, t + 1)
     back = np.argsort(order)
-    done = {k: train[k].numpy()[back] if k in train else a for k, a in weights.items()}
-    mean = losses.numpy()[back] / np.maximum(1, plan.steps).astype(np.float32)
+    done = {k: array(train[k])[back] if k in train else a for k, a in weights.items()}
+    mean = array(losses)[back] / np.maximum(1, plan.steps).astype(np.float32)
     return Fit(Tree(done), mean, plan.steps)
 
 
-def _sorted(tree: Mapping[str, Array], train: Leaves, order: Array) -> Leaves:
+def _batches(
+    program: Program, rows: Mapping[str, Rows], order: Array, index: Array
+) -> Callable[[int, int], Leaves]:
+    """The batches of step t for the first k devices, as (k, t) asks for them."""
+    lying = {name: r.flat for name, r in rows.items()}
+    if program.device == CPU:
+        columns = {name: (flat, start[order, None]) for name, (flat, start) in lying.items()}
+        return lambda k, t: {
+            name: torch.from_numpy(flat.take(start[:k] + index[:k, t], 0))
+            for name, (flat, start) in columns.items()
+        }
+    # Elsewhere the devices' own rows are moved once, side by side, and batches taken there.
+    n = next(iter(rows.values())).n
+    at = program.put((np.cumsum(n) - n)[order, None, None] + index)
+    moved = {
+        name: program.put(np.concatenate([flat[s : s + m] for s, m in zip(start, n, strict=True)]))
+        for name, (flat, start) in lying.items()
+    }
+    return lambda k, t: {name: flat[at[:k, t]] for name, flat in moved.items()}
+
+
+def _sorted(program: Program, tree: Mapping[str, Array], train: Leaves, order: Array) -> Leaves:
     """Those leaves of a tree that belong to trained weights; [1, ...] where all have the same."""
     return {
-        k: tensor(a[:1] if a.strides[0] == 0 else a[order]).to(train[k].dtype)
+        k: program.put(a[:1] if a.strides[0] == 0 else a[order]).to(train[k].dtype)
         for k, a in tree.items()
         if k in train
     }
@@ -136,8 +153,8 @@ def predict(program: Program, weights: Tree, inputs: Mapping[str, Array]) -> dic
         return program.predict(functional_call(program.evaluating, w, (batch,)), batch)
 
     with torch.no_grad():
-        out = vmap(one)(_tensors(weights), _tensors(inputs))
-    return {k: v.numpy() for k, v in out.items()}
+        out = vmap(one)(_tensors(program, weights), _tensors(program, inputs))
+    return {k: array(v) for k, v in out.items()}
 
 
 def backward(
@@ -148,10 +165,10 @@ def backward(
     row_weights: Array,
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
     """Loss [D], d weights [D, ...] and d columns [D, L, ...] of the weighted sum over rows."""
-    everything = _tensors(columns)
+    everything = _tensors(program, columns)
     floats = {k: v for k, v in everything.items() if v.is_floating_point()}
     others = {k: v for k, v in everything.items() if k not in floats}
-    values = _tensors(weights)
+    values = _tensors(program, weights)
     train = {k: v for k, v in values.items() if k in program.trained}
     held = {k: v for k, v in values.items() if k not in program.trained}
 
@@ -164,7 +181,8 @@ def backward(
         assert program.loss is not None
         return (program.loss(out, batch) * share).sum()
 
-    rest = (held, others, _tensors(cotangent or {}), {"w": torch.from_numpy(row_weights)})
+    cotangents = _tensors(program, cotangent or {})
+    rest = (held, others, cotangents, {"w": program.put(row_weights)})
     grads, loss = vmap(grad_and_value(total, argnums=(0, 1)))(train, floats, rest)
-    d_weights, d_columns = ({k: v.numpy() for k, v in g.items()} for g in grads)
-    return loss.numpy(), d_weights, d_columns
+    d_weights, d_columns = ({k: array(v) for k, v in g.items()} for g in grads)
+    return array(loss), d_weights, d_columns

@@ -1,7 +1,6 @@
-"""LLVM IR, written with a few words: loops, vectors of any width, and the functions of arithmetic.
+"""LLVM IR, written with a few words: loops, memory, and vectors of any width.
 
-A width of 1 is a scalar. Polynomials are those of Cephes (S. Moshier) unless said otherwise; they
-agree with libm within a few units in the last place, and NaN goes through all of them.
+A width of 1 is a scalar.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from kitestring.devices.fit.compiled.views import Refused, View, blocks
+from kitestring.devices.fit.compiled.views import View, blocks
 
 F32, I64, I32, I8, I1 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.IntType(1)
 BYTES = I8.as_pointer()
@@ -287,16 +286,7 @@ class Emitter:
                 at = self.b.add(at, self.b.mul(i, i64(stride)))
         return at
 
-    # Arithmetic on floats, at any width
-
-    def _numbers(self, width: int) -> Callable[[float], Any]:
-        return lambda value: self.number(value, "f32", width)
-
-    def _poly(self, x: Any, width: int, *coefficients: float) -> Any:
-        total = self.number(coefficients[0], "f32", width)
-        for c in coefficients[1:]:
-            total = self.fma(total, x, self.number(c, "f32", width))
-        return total
+    # Arithmetic
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.b.fadd(self.b.fmul(a, b, flags=FLAGS), c, flags=FLAGS)
@@ -310,174 +300,5 @@ class Emitter:
         f = known or ir.Function(self.module, ir.FunctionType(kind, [kind]), full)
         return self.b.call(f, [x])
 
-    def exp(self, x: Any, w: int) -> Any:
-        b, n = self.b, self._numbers(w)
-        kept = self.extreme("amin", self.extreme("amax", x, n(-103.0)), n(88.7228))
-        k = self.call("floor", self.fma(kept, n(1.44269504088896341), n(0.5)), w)
-        r = self.fma(k, n(-0.693359375), kept)
-        r = self.fma(k, n(2.12194440e-4), r)
-        p = self._poly(
-            r, w, 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
-            1.6666665459e-1, 5.0000001201e-1,
-        )  # fmt: skip
-        y = b.fadd(self.fma(b.fmul(r, r), p, r), n(1.0))
-        sure = b.select(b.fcmp_unordered("uno", k, k), n(0.0), k)  # NaN has no whole number
-        whole = b.fptosi(sure, I32 if w == 1 else ir.VectorType(I32, w))
-        half = b.ashr(whole, self._ints(1, w))  # in two steps, so that the ends do not overflow
-        y = b.fmul(b.fmul(y, self._power(half, w)), self._power(b.sub(whole, half), w))
-        over = b.fcmp_ordered(">", x, n(88.7228))
-        return b.select(over, n(float("inf")), b.select(b.fcmp_ordered("<", x, n(-103)), n(0), y))
-
-    def _ints(self, value: int, w: int) -> Any:
-        return self.splat(ir.Constant(I32, value), w)
-
-    def _power(self, k: Any, w: int) -> Any:
-        bits = self.b.shl(self.b.add(k, self._ints(127, w)), self._ints(23, w))
-        return self.b.bitcast(bits, self.kind("f32", w))
-
-    def log(self, x: Any, w: int) -> Any:
-        b, n = self.b, self._numbers(w)
-        ints = I32 if w == 1 else ir.VectorType(I32, w)
-        tiny = b.fcmp_ordered("<", x, n(1.17549435e-38))
-        scaled = b.select(tiny, b.fmul(x, n(8388608.0)), x)
-        bits = b.bitcast(scaled, ints)
-        k = b.sub(b.ashr(bits, self._ints(23, w)), self._ints(126, w))
-        part = b.or_(b.and_(bits, self._ints(0x007FFFFF, w)), self._ints(0x3F000000, w))
-        m = b.bitcast(part, self.kind("f32", w))
-        e = b.fsub(b.sitofp(k, self.kind("f32", w)), b.select(tiny, n(23.0), n(0.0)))
-        low = b.fcmp_ordered("<", m, n(0.707106781186547524))
-        e = b.select(low, b.fsub(e, n(1.0)), e)
-        f = b.fsub(b.select(low, b.fadd(m, m), m), n(1.0))
-        z = b.fmul(f, f)
-        p = self._poly(
-            f, w, 7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1,
-            1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
-        )  # fmt: skip
-        y = b.fmul(b.fmul(f, z), p)
-        y = self.fma(e, n(-2.12194440e-4), y)
-        y = self.fma(z, n(-0.5), y)
-        y = self.fma(e, n(0.693359375), b.fadd(f, y))
-        y = b.select(b.fcmp_unordered("==", x, n(float("inf"))), x, y)  # infinity and NaN
-        y = b.select(b.fcmp_ordered("==", x, n(0.0)), n(float("-inf")), y)
-        return b.select(b.fcmp_ordered("<", x, n(0.0)), n(float("nan")), y)
-
-    def log1p(self, x: Any, w: int) -> Any:
-        """log u x / (u - 1) with u = 1 + x: what rounding took from u is given back (Kahan)."""
-        b, one = self.b, self.number(1.0, "f32", w)
-        u = b.fadd(x, one)
-        flat = b.fcmp_ordered("==", u, one)
-        under = b.select(flat, one, b.fsub(u, one))
-        y = b.select(flat, x, b.fdiv(b.fmul(self.log(u, w), x), under))
-        return b.select(b.fcmp_ordered("==", x, self.number(float("inf"), "f32", w)), x, y)
-
-    def expm1(self, x: Any, w: int) -> Any:
-        """x + x^2/2 + ... near 0, exp x - 1 elsewhere."""
-        b = self.b
-        near = self._poly(
-            x, w, 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
-            1.6666665459e-1, 5.0000001201e-1,
-        )  # fmt: skip
-        near = self.fma(b.fmul(x, x), near, x)
-        far = b.fsub(self.exp(x, w), self.number(1.0, "f32", w))
-        small = b.fcmp_ordered("<", self.call("fabs", x, w), self.number(0.34, "f32", w))
-        return b.select(small, near, far)
-
-    def tanh(self, x: Any, w: int) -> Any:
-        b, n = self.b, self._numbers(w)
-        size = self.call("fabs", x, w)
-        z = b.fmul(x, x)
-        p = self._poly(
-            z, w, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1,
-            -3.33332819422e-1,
-        )  # fmt: skip
-        near = self.fma(b.fmul(z, p), x, x)
-        e = self.exp(b.fadd(size, size), w)
-        far = b.fsub(n(1.0), b.fdiv(n(2.0), b.fadd(e, n(1.0))))
-        far = b.select(b.fcmp_ordered("<", x, n(0.0)), b.fneg(far), far)
-        return b.select(b.fcmp_ordered("<", size, n(0.625)), near, far)
-
-    def sigmoid(self, x: Any, w: int) -> Any:
-        one = self.number(1.0, "f32", w)
-        return self.b.fdiv(one, self.b.fadd(one, self.exp(self.b.fneg(x), w)))
-
-    def erf(self, x: Any, w: int) -> Any:
-        """A rational approximation on [-4, 4], that of Eigen's generic erf."""
-        b, n = self.b, self._numbers(w)
-        kept = self.extreme("amin", self.extreme("amax", x, n(-4.0)), n(4.0))
-        z = b.fmul(kept, kept)
-        over = self._poly(
-            z, w, -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06,
-            -5.69250639462346e-05, -7.34990630326855e-04, -2.95459980854025e-03,
-            -1.60960333262415e-02,
-        )  # fmt: skip
-        under = self._poly(
-            z, w, -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03,
-            -7.37332916720468e-03, -1.42647390514189e-02,
-        )  # fmt: skip
-        return b.fdiv(b.fmul(kept, over), under)
-
-    # Operations of `views.Expr`
-
-    def apply(self, op: str, args: Sequence[Any], dtype: str, source: str, w: int) -> Any:
-        """One operation on held values; `source` is the dtype of the arguments."""
-        b = self.b
-        if op == "cast":
-            return self._cast(args[0], source, dtype, w)
-        if op == "where":
-            return b.select(*args)
-        if op in ("eq", "ne", "lt", "le", "gt", "ge"):
-            sign = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[op]
-            if source == "f32":
-                compare = b.fcmp_unordered if op == "ne" else b.fcmp_ordered
-                return compare(sign, *args)
-            return b.icmp_signed(sign, *args)
-        if op in ("and", "or", "xor"):
-            return {"and": b.and_, "or": b.or_, "xor": b.xor}[op](*args)
-        if op == "not":
-            return b.not_(args[0])
-        if op in ("amax", "amin"):
-            return self.extreme(op, args[0], args[1], dtype == "f32")
-        if dtype == "f32":
-            return self._float(op, args, w)
-        if op == "neg":
-            return b.neg(args[0])
-        found = {"add": b.add, "sub": b.sub, "mul": b.mul}.get(op)
-        if found is None:
-            raise Refused(f"{op} of whole numbers")
-        return found(*args)
-
-    def _float(self, op: str, args: Sequence[Any], w: int) -> Any:
-        b, x = self.b, args[0]
-        two = {"add": b.fadd, "sub": b.fsub, "mul": b.fmul, "div": b.fdiv}
-        if op in two:
-            return two[op](x, args[1], flags=FLAGS)
-        if op in ("exp", "log", "log1p", "expm1", "tanh", "sigmoid", "erf"):
-            return getattr(self, op)(x, w)
-        if op in ("sqrt", "floor", "ceil", "trunc"):
-            return self.call(op, x, w)
-        if op == "abs":
-            return self.call("fabs", x, w)
-        if op == "round":
-            return self.call("rint", x, w)
-        if op == "neg":
-            return b.fneg(x)
-        if op == "sign":
-            zero, one = (self.number(v, "f32", w) for v in (0.0, 1.0))
-            below = b.select(b.fcmp_ordered("<", x, zero), b.fneg(one), x)
-            return b.select(b.fcmp_ordered(">", x, zero), one, below)
-        raise Refused(op)
-
-    def _cast(self, x: Any, source: str, to: str, w: int) -> Any:
-        b = self.b
-        if HELD[source] == HELD[to]:
-            return x
-        if to == "f32":
-            kind = self.kind("f32", w)
-            return b.uitofp(x, kind) if source == "bool" else b.sitofp(x, kind)
-        if to == "bool":
-            zero = self.number(0, source, w)
-            different = b.fcmp_unordered if source == "f32" else b.icmp_signed
-            return different("!=", x, zero)
-        if source == "bool":
-            return b.zext(x, self.kind("i64", w))
-        return b.fptosi(x, self.kind("i64", w))
+    def numbers(self, width: int) -> Callable[[float], Any]:
+        return lambda value: self.number(value, "f32", width)

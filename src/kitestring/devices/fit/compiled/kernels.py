@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from kitestring.devices.fit.compiled.emit import BYTES, WIDTH, Emitter, i64
+from kitestring.devices.fit.compiled.maths import apply
 from kitestring.devices.fit.compiled.views import (
     Buffer,
     Expr,
@@ -85,8 +86,8 @@ def evaluate(
         if not k:
             out.append(e.number(h, wanted, width))
         else:
-            out.append(e.apply("cast", [h], wanted, k, width) if value.op != "cast" else h)
-    return e.apply(value.op, out, value.dtype, source, width)
+            out.append(apply(e, "cast", [h], wanted, k, width) if value.op != "cast" else h)
+    return apply(e, value.op, out, value.dtype, source, width)
 
 
 def pointwise(out: View, value: Value) -> Kernel:
@@ -99,7 +100,7 @@ def pointwise(out: View, value: Value) -> Kernel:
 
         def turn(index: list[Any], width: int) -> None:
             found = evaluate(e, value, iter(moved), at, index, width)
-            found = e.apply("cast", [found], target.dtype, value.dtype, width)
+            found = apply(e, "cast", [found], target.dtype, value.dtype, width)
             e.write(found, at[out.buffer], target, index, len(index) - 1, width)  # type: ignore[index]
 
         with ExitStack() as stack:

@@ -9,6 +9,13 @@ from typing import Any
 from torch.fx import Node
 
 from kitestring.devices.fit.compiled import convolve, pool
+from kitestring.devices.fit.compiled.elementwise import (
+    ELEMENTWISE,
+    dtype_of,
+    pointwise_of,
+    shape_of,
+    steady,
+)
 from kitestring.devices.fit.compiled.kernels import (
     add_rows,
     pick,
@@ -17,8 +24,7 @@ from kitestring.devices.fit.compiled.kernels import (
     take_rows,
     touch_rows,
 )
-from kitestring.devices.fit.compiled.lowering import HEAVY, Lowering, Product, RowsAdded
-from kitestring.devices.fit.compiled.tensors import named
+from kitestring.devices.fit.compiled.lowering import Lowering, Product, RowsAdded
 from kitestring.devices.fit.compiled.views import (
     Buffer,
     Expr,
@@ -30,129 +36,6 @@ from kitestring.devices.fit.compiled.views import (
     plain,
 )
 
-
-def dtype_of(node: Node) -> str:
-    return named(node.meta["val"].dtype)
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
-
-
-# Element by element
-
-
-def expression(op: str, args: Sequence[Any], dtype: str, shape: tuple[int, ...]) -> Expr:
-    """Arguments are broadcast; numbers stay numbers."""
-    wide = [
-        changed(a, lambda v: v.expand(shape)) if isinstance(a, View | Expr) else a for a in args
-    ]
-    return Expr(op, tuple(wide), dtype, shape)
-
-
-def _steady(low: Lowering, value: Any, shape: tuple[int, ...]) -> Any:
-    """What is dear to compute is computed once before it is repeated."""
-    if isinstance(value, Expr) and prod(value.shape) < prod(shape) and HEAVY & set(value.ops()):
-        return low.view(value)
-    return value
-
-
-def _pointwise(op: str) -> Callable[..., Value]:
-    def how(low: Lowering, node: Node, *args: Any, **_: Any) -> Value:
-        shape = _shape(node)
-        args = tuple(_steady(low, a, shape) for a in args)
-        return expression(op, args, dtype_of(node), shape)
-
-    return how
-
-
-def _composed(make: Callable[..., Any]) -> Callable[..., Value]:
-    """An operation spelled out with others: `make(E, ...)`, E(op, *args) being one of them."""
-
-    def how(low: Lowering, node: Node, *args: Any) -> Value:
-        shape, dtype = _shape(node), dtype_of(node)
-        args = tuple(_steady(low, a, shape) for a in args)
-        wide = tuple(
-            changed(a, lambda v: v.expand(shape)) if isinstance(a, View | Expr) else a for a in args
-        )
-
-        def e(op: str, *parts: Any, kind: str = dtype) -> Expr:
-            return Expr(op, parts, kind, shape)
-
-        return make(e, *wide, **{k: v for k, v in node.kwargs.items() if k in ("alpha",)})  # type: ignore[no-any-return]
-
-    return how
-
-
-def _cast(low: Lowering, node: Node, x: Value, *_: Any) -> Value:
-    kind = dtype_of(node)
-    return x if x.dtype == kind else Expr("cast", (x,), kind, x.shape)
-
-
-def _scaled(op: str) -> Callable[..., Any]:
-    def make(e: Any, a: Any, b: Any, alpha: Any = 1) -> Expr:
-        return e(op, a, b if alpha == 1 else e("mul", b, alpha))  # type: ignore[no-any-return]
-
-    return make
-
-
-def _power(e: Any, x: Any, p: Any) -> Any:
-    if p == 2:
-        return e("mul", x, x)
-    if p == 3:
-        return e("mul", e("mul", x, x), x)
-    if p == 0.5:
-        return e("sqrt", x)
-    if p == -0.5:
-        return e("div", 1.0, e("sqrt", x))
-    if p == -1:
-        return e("div", 1.0, x)
-    if p == 1:
-        return x
-    raise Refused(f"a power of {p}")
-
-
-def _clamp(e: Any, x: Any, low: Any = None, high: Any = None) -> Any:
-    if low is not None:
-        x = e("amax", x, low)
-    return x if high is None else e("amin", x, high)
-
-
-def _elu(e: Any, x: Any, alpha: float = 1.0, scale: float = 1.0, inner: float = 1.0) -> Any:
-    bent = e("mul", e("expm1", e("mul", x, inner)), alpha * scale)
-    return e("where", e("gt", x, 0.0, kind="bool"), e("mul", x, scale), bent)
-
-
-def _compare(op: str) -> Callable[..., Value]:
-    def how(low: Lowering, node: Node, *args: Any) -> Value:
-        return expression(op, args, "bool", _shape(node))
-
-    return how
-
-
-def _fill(low: Lowering, node: Node, *args: Any) -> Value:
-    name = str(node.target)
-    if "zeros" in name or "empty" in name:
-        value: Any = 0
-    elif "ones" in name:
-        value = 1
-    else:
-        value = args[0] if "scalar_tensor" in name else args[1]
-    if isinstance(value, View | Expr):
-        return changed(value, lambda v: v.expand(_shape(node)))
-    return constant(value, dtype_of(node), _shape(node))
-
-
-def _arange(low: Lowering, node: Node, *args: Any) -> Value:
-    (n,) = _shape(node)
-    start, step = (args[0], args[2] if len(args) > 2 else 1) if len(args) > 1 else (0, 1)
-    if not isinstance(start, int) or not isinstance(step, int):
-        raise Refused("an arange of fractions")
-    whole = View(None, (n,), (step,), start)
-    kind = dtype_of(node)
-    return whole if kind == "i64" else Expr("cast", (whole,), kind, (n,))
-
-
 # Views
 
 
@@ -160,17 +43,17 @@ def _slice(low: Lowering, node: Node, x: Value, dim: int = 0, start: Any = None,
            step: int = 1) -> Value:  # fmt: skip
     size = x.shape[dim]
     begin = min(size, max(0, (start or 0) + (size if (start or 0) < 0 else 0)))
-    return changed(x, lambda v: v.slice(dim % len(v.shape), begin, _shape(node)[dim], step))
+    return changed(x, lambda v: v.slice(dim % len(v.shape), begin, shape_of(node)[dim], step))
 
 
 def _select(low: Lowering, node: Node, x: Value, dim: int, index: int) -> Value:
     index += x.shape[dim] if index < 0 else 0
     cut = changed(x, lambda v: v.slice(dim % len(v.shape), index, 1))
-    return low.reshaped(cut, _shape(node))
+    return low.reshaped(cut, shape_of(node))
 
 
 def _cat(low: Lowering, node: Node, parts: list[Any], dim: int = 0) -> Value:
-    out = low.fresh(_shape(node), dtype_of(node))
+    out = low.fresh(shape_of(node), dtype_of(node))
     at, dim = 0, dim % len(out.shape)
     for part in parts:
         if part.shape == (0,):
@@ -205,7 +88,7 @@ def _scatter_part(
 def _pad(low: Lowering, node: Node, x: Value, pads: Sequence[int], value: float = 0.0) -> Value:
     if min(pads) < 0:
         raise Refused("padding by less than nothing")
-    out = low.fresh(_shape(node), x.dtype)
+    out = low.fresh(shape_of(node), x.dtype)
     low.put(pointwise(out, constant(value, x.dtype, out.shape)))
     part = out
     for k in range(len(pads) // 2):
@@ -231,7 +114,7 @@ def _reduce(low: Lowering, node: Node, op: str, x: Value, dims: Any) -> Value:
     kept = tuple(1 if d in which else n for d, n in enumerate(x.shape))
     out = low.fresh(kept, kind)
     low.put(reduction(op, out, x, which))
-    return low.reshaped(out, _shape(node))
+    return low.reshaped(out, shape_of(node))
 
 
 def _sum(low: Lowering, node: Node, x: Value, dims: Any = None, *_: Any) -> Value:
@@ -264,8 +147,8 @@ def _var(low: Lowering, node: Node, x: Value, dims: Any = None, correction: Any 
     square = low.fresh(kept, "f32")
     low.put(reduction("sum", square, Expr("mul", (off, off), "f32", x.shape), which))
     less = 1 if correction is None else correction
-    over = low.reshaped(square, _shape(node))
-    return Expr("mul", (over, 1.0 / max(count - less, 1e-30)), "f32", _shape(node))
+    over = low.reshaped(square, shape_of(node))
+    return Expr("mul", (over, 1.0 / max(count - less, 1e-30)), "f32", shape_of(node))
 
 
 # Products
@@ -281,7 +164,7 @@ def _mm(low: Lowering, node: Node, a: Value, b: Value) -> Any:
 def _addmm(low: Lowering, node: Node, bias: Value, a: Value, b: Value) -> Value:
     if node.kwargs:
         raise Refused("addmm with factors")
-    start = changed(low.view(bias), lambda v: v.expand(_shape(node)))
+    start = changed(low.view(bias), lambda v: v.expand(shape_of(node)))
     assert isinstance(start, View)
     return low.multiply(low.view(a), low.view(b), start)
 
@@ -296,7 +179,7 @@ def _embedding(low: Lowering, node: Node, table: Value, ids: Value, *_: Any) -> 
     if table.buffer in low.tables:
         low.put(touch_rows(low.tables[table.buffer], flat, low.wrong))
     low.put(take_rows(out, table, flat, low.wrong))
-    return low.reshaped(out, _shape(node))
+    return low.reshaped(out, shape_of(node))
 
 
 def _index(low: Lowering, node: Node, x: Value, ids: list[Any]) -> Value:
@@ -326,7 +209,7 @@ def _index_put(
 
 
 def _gather(low: Lowering, node: Node, x: Value, dim: int, ids: Value, *_: Any) -> Value:
-    out = low.fresh(_shape(node), x.dtype)
+    out = low.fresh(shape_of(node), x.dtype)
     low.put(pick(out, low.view(x), low.view(ids), dim % len(out.shape), low.wrong))
     return out
 
@@ -368,12 +251,12 @@ def _permute(low: Lowering, node: Node, x: Value, order: Sequence[int]) -> Value
 
 
 def _expand(low: Lowering, node: Node, x: Value, *_: Any) -> Value:
-    x = _steady(low, x, _shape(node))
-    return changed(x, lambda v: v.expand(_shape(node)))
+    x = steady(low, x, shape_of(node))
+    return changed(x, lambda v: v.expand(shape_of(node)))
 
 
 def _view(low: Lowering, node: Node, x: Value, *_: Any) -> Value:
-    return low.reshaped(x, _shape(node))
+    return low.reshaped(x, shape_of(node))
 
 
 def _same(low: Lowering, node: Node, x: Value, *_: Any) -> Value:
@@ -395,7 +278,7 @@ def _strided(
 
 def _bernoulli(low: Lowering, node: Node, x: Value, p: float, *_: Any) -> Value:
     """Drawn outside, before each step: what a dropout keeps."""
-    shape = _shape(node)
+    shape = shape_of(node)
     out = plain(Buffer("draw", "f32", max(1, prod(shape)), fixed=True), shape)
     low.draws.append((out, float(p)))
     return out
@@ -405,7 +288,7 @@ def _repeat(low: Lowering, node: Node, x: Value, times: Sequence[int]) -> Value:
     shape = (1,) * (len(times) - len(x.shape)) + x.shape
     apart = [n for pair in zip((1,) * len(shape), shape, strict=True) for n in pair]
     wide = [n for pair in zip(times, shape, strict=True) for n in pair]
-    return low.reshaped(changed(low.reshaped(x, apart), lambda v: v.expand(wide)), _shape(node))
+    return low.reshaped(changed(low.reshaped(x, apart), lambda v: v.expand(wide)), shape_of(node))
 
 
 def _any(low: Lowering, node: Node, x: Value, dims: Any = None, *_: Any) -> Value:
@@ -413,7 +296,7 @@ def _any(low: Lowering, node: Node, x: Value, dims: Any = None, *_: Any) -> Valu
     kept = tuple(1 if d in which else n for d, n in enumerate(x.shape))
     out = low.fresh(kept, "i64")
     low.put(reduction("amax", out, Expr("cast", (x,), "i64", x.shape), which))
-    return low.reshaped(Expr("cast", (out,), "bool", kept), _shape(node))
+    return low.reshaped(Expr("cast", (out,), "bool", kept), shape_of(node))
 
 
 def _norm(low: Lowering, node: Node, x: Value, order: Any = 2, dims: Any = None, *_: Any) -> Value:
@@ -423,66 +306,21 @@ def _norm(low: Lowering, node: Node, x: Value, order: Any = 2, dims: Any = None,
     kept = tuple(1 if d in which else n for d, n in enumerate(x.shape))
     out = low.fresh(kept, "f32")
     low.put(reduction("sum", out, Expr("mul", (x, x), "f32", x.shape), which))
-    return low.reshaped(Expr("sqrt", (out,), "f32", kept), _shape(node))
+    return low.reshaped(Expr("sqrt", (out,), "f32", kept), shape_of(node))
 
 
-_ZERO = {"relu": lambda e, x: e("amax", x, 0.0)}
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    **{op: _compare(op) for op in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{
-        op: _pointwise(op)
-        for op in (
-            "mul", "exp", "log", "log1p", "expm1", "tanh", "sigmoid", "erf", "sqrt", "abs", "neg",
-            "sign", "floor", "ceil", "trunc", "round", "where", "div",
-        )
-    },
-    **{op: _composed(how) for op, how in _ZERO.items()},
-    "sgn": _pointwise("sign"),
-    "maximum": _pointwise("amax"),
-    "minimum": _pointwise("amin"),
-    "add": _composed(_scaled("add")),
-    "sub": _composed(_scaled("sub")),
-    "rsub": _composed(lambda e, a, b, alpha=1: _scaled("sub")(e, b, a, alpha)),
-    "rsqrt": _composed(lambda e, x: e("div", 1.0, e("sqrt", x))),
-    "reciprocal": _composed(lambda e, x: e("div", 1.0, x)),
-    "pow": _composed(_power),
-    "clamp": _composed(_clamp),
-    "clamp_min": _composed(_clamp),
-    "clamp_max": _composed(lambda e, x, high: _clamp(e, x, None, high)),
-    "hardtanh": _composed(lambda e, x, low=-1.0, high=1.0: _clamp(e, x, low, high)),
-    "elu": _composed(_elu),
-    "leaky_relu": _composed(
-        lambda e, x, slope=0.01: e(
-            "where", e("gt", x, 0.0, kind="bool"), x, e("mul", x, slope)
-        )
-    ),
-    **{
-        name: _pointwise(op)
-        for name, op in {
-            "logical_and": "and", "bitwise_and": "and", "logical_or": "or", "bitwise_or": "or",
-            "logical_not": "not", "bitwise_not": "not", "logical_xor": "xor", "bitwise_xor": "xor",
-        }.items()
-    },
-    "_to_copy": _cast, "prims.convert_element_type": _cast,
-    **{
-        name: _fill
-        for name in (
-            "full", "full_like", "scalar_tensor", "zeros_like", "ones_like", "new_zeros", "zeros",
-            "ones", "empty_permuted", "empty", "empty_like", "new_full", "new_empty",
-        )
-    },
-    "fill": lambda low, node, x, value: constant(value, dtype_of(node), _shape(node)),
-    "arange": _arange,
+    **ELEMENTWISE,
     "permute": _permute, "t": _permute, "view": _view, "_unsafe_view": _view, "reshape": _view,
     "unsqueeze": _view, "squeeze": _view, "expand": _expand, "slice": _slice, "select": _select,
     "alias": _same, "clone": _same, "detach": _same, "lift_fresh_copy": _same,
-    "copy": lambda low, node, x, y, *_: changed(y, lambda v: v.expand(_shape(node))),
+    "copy": lambda low, node, x, y, *_: changed(y, lambda v: v.expand(shape_of(node))),
     "as_strided": _strided, "prims.broadcast_in_dim": _broadcast_in,
     "cat": _cat, "slice_scatter": _scatter_part, "select_scatter": _scatter_part,
     "constant_pad_nd": _pad,
     "sum": _sum, "prims.sum": _sum, "amax": _extreme("amax"), "amin": _extreme("amin"),
     "any": _any, "bernoulli": _bernoulli, "linalg_vector_norm": _norm, "repeat": _repeat,
-    "mean": _mean, "prims.var": _var, "var": _var, "prims.div": _pointwise("div"),
+    "mean": _mean, "prims.var": _var, "var": _var, "prims.div": pointwise_of("div"),
     "mm": _mm, "bmm": _mm, "addmm": _addmm,
     "embedding": _embedding, "index": _index, "index_put": _index_put,
     "_unsafe_index_put": _index_put, "gather": _gather, "scatter": _scatter,

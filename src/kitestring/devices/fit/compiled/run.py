@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from kitestring.arrays import Touched
-from kitestring.core import Array, Fit, Recipe, Rows, Tree
+from kitestring.core import Array, Fit, Recipe, Rows, Touched, Tree
 from kitestring.devices.fit.check_native import batch
 from kitestring.devices.fit.compiled import evaluate, train
 from kitestring.devices.fit.compiled.layout import Kind
