@@ -130,8 +130,8 @@ def draw(found: dict[tuple[int, int], dict[str, float]], path: Path) -> None:
         figure = Figure(figsize=(8.6, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, configs, which, title, label in (
-            (panels[0], POPULATIONS, 0, "100 asked, of more and more users", "users"),
-            (panels[1], COHORTS, 1, "More and more asked, of 100,000 users", "asked in a round"),
+            (panels[0], POPULATIONS, 0, "100 asked in a round, of more and more", "users"),
+            (panels[1], COHORTS, 1, "More and more asked, of 100,000", "users asked in a round"),
         ):
             at = [config[which] for config in configs]
             times = [found[config]["round"] * 1e3 for config in configs]
