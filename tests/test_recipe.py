@@ -403,15 +403,18 @@ def test_a_modules_own_dice_are_seeded_for_each_device(kind: str) -> None:
     weights = Tree({k: np.repeat(a[None], 2, 0) for k, a in made.initial().items()})
     compute = TorchCompute({"p": made})
     fit = compute.fit("p", weights, rows, recipe, key=keys(2))
-    assert compute.explain("p").startswith("sequential: ")
-    assert "vmap cannot map it" in compute.explain("p")
+    drawn_outside = compute.explain("p") == "compiled"  # what a dropout keeps is given to it
+    assert drawn_outside == (kind == "dropout")
+    assert drawn_outside or "vmap cannot map it" in compute.explain("p")
     for d in range(2):
         own = Program("p", _Seeded(made.module, int(keys(2)[d] >> np.uint64(1))), made.loss)
         mine = {k: Rows(r.values[[d, d]], r.n[[d, d]] * [d == 0, d == 1]) for k, r in rows.items()}
         two = Tree({f"whole.{k}": a for k, a in weights.items()})
         ends = plain(own, two, mine, recipe)
         for k, a in fit.parameters.items():
-            assert np.array_equal(ends[f"whole.{k}"][d], a[d])
+            size = np.abs(a[d]).max()
+            room = STACKED * size if drawn_outside else 0
+            assert np.abs(ends[f"whole.{k}"][d] - a[d]).max() <= room
 
 
 class _Seeded(nn.Module):

@@ -121,7 +121,7 @@ class Code:
         cotangents: tuple[str, ...],
     ) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
         n = np.ascontiguousarray(next(iter(rows.values())).n, np.int64)
-        wide = max(1, int(n.max(initial=0)))
+        wide = next(iter(rows.values())).shape[1]
         kind = evaluate.Kind(batch(n), _columns(rows), slopes, cotangents)
         made = self._get((program, kind), lambda: evaluate.evaluator(program, kind))
         found = {name: np.zeros((len(n), wide, *shape), _NUMPY[t]) for name, shape, t in made.rows}
