@@ -145,7 +145,7 @@ def test_a_finished_run_resumes_to_itself(done: tuple[Path, str]) -> None:
     [
         (["compare", "digit"], "Did you mean 'digits'"),
         (["compare", "--only", "fedavgg"], "Did you mean 'fedavg'"),
-        (["compare", "--profile", "fone"], "Did you mean 'phone'"),
+        (["compare", "--hardware", "fone"], "Did you mean 'phone'"),
         (["compare", "--device", "gpu"], "device 'gpu': torch has no such device here"),
         (["compare", "--device", "cuda:99"], "Leave --device out"),
         (["compare", "--limit", "fast please"], "fast please"),
@@ -156,7 +156,7 @@ def test_a_finished_run_resumes_to_itself(done: tuple[Path, str]) -> None:
         (["compare", "--user", "a"], "--csv"),
         (["compare", "no.such.module:task"], "no module 'no'"),
         (["compare", f"{HERE / 'tiny.py'}:nothing"], "nothing"),
-        (["compare", TINY, "--profile", "microcontroller", "--users", "1"], "--users 1"),
+        (["compare", TINY, "--hardware", "microcontroller", "--users", "1"], "--users 1"),
         (["report", "no-such-folder"], "no finished comparison"),
     ],
 )

@@ -48,10 +48,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--trials", type=int, default=3, metavar="N", help="tuning trials for each (default 3)"
     )
-    what.add_argument("--profile", default="phone", metavar="NAME", help="device class (phone)")
+    what.add_argument("--hardware", default="phone", metavar="NAME", help="device class (phone)")
     what.add_argument(
-        "--compute", choices=("auto", "vmap", "sequential"), default="auto",
-        help="how devices are computed: all at once, one by one, or what is faster",
+        "--compute", choices=("auto", "compiled", "vmap", "sequential"), default="auto",
+        help="how: native code for the model, all devices at once, one by one, or what is faster",
     )  # fmt: skip
     what.add_argument(
         "--device", default="cpu", metavar="NAME",
@@ -89,6 +89,9 @@ def _judging(command: argparse.ArgumentParser) -> None:
         help='what must hold, as in "1MB/day, 50ms, no data up"',
     )  # fmt: skip
     group.add_argument("--prices", type=Path, metavar="FILE", help="a price table of your own")
+    group.add_argument(
+        "--explain", action="store_true", help="say how each program was computed, and why so"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,7 +146,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
         only=tuple(name.strip() for name in given.only.split(",") if name.strip()),
         seeds=given.seeds,
         trials=given.trials,
-        profile=given.profile,
+        profile=given.hardware,
         compute=given.compute,
         device=given.device,
         lost=given.lost,
@@ -193,6 +196,8 @@ def _judge(comparison: Comparison, folder: Path, given: argparse.Namespace, comm
     verdict = decide(comparison, parse_limits(given.limit), prices)
     console = Console()
     console.print(terminal.table(comparison, verdict, prices))
+    if given.explain:
+        console.print(terminal.explained(comparison))
     path = folder / "report.html"
     page.write(comparison, verdict, prices, path, command=command)
     console.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)

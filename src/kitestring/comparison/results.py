@@ -70,7 +70,7 @@ class SeedResult:
     curve: list[tuple[int, float, float]]  # (% of the rounds done, mean, p10), on validation rows
     large_before: float | None  # the large model, mean over device users
     large_after: float | None
-    computed: str  # "vmap", "one model", or "PROGRAM sequential: why"
+    computed: str  # "compiled", or "PROGRAM vmap: why" and the like
     wall_s: float
 
 

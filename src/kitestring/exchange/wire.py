@@ -65,7 +65,7 @@ def lengths(message: Message) -> Lengths:
             sizes = len(shape) + 1
         else:
             body = leaf.dtype.itemsize * math.prod(leaf.shape[1:])
-            sizes = leaf.ndim - 1
+            sizes = len(leaf.shape) - 1
         out[kind, name] = body + 4 + len(name.encode()) + 4 * sizes
     return out
 

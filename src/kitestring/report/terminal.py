@@ -43,6 +43,15 @@ def table(comparison: Comparison, verdict: Verdict, prices: Prices) -> Renderabl
     return Group(*parts)
 
 
+def explained(comparison: Comparison) -> RenderableType:
+    """How each collaboration's programs were computed, and why not otherwise."""
+    out = _new("How it was computed", ["program by program, where not all are compiled"], "left")
+    for row in comparison.rows:
+        for number, how in enumerate(dict.fromkeys(seed.computed for seed in row.seeds)):
+            out.add_row(Text("" if number else row.title), Text(how))
+    return out
+
+
 def left(traffic: Traffic) -> str:
     """What crossed, as short words: "features 1.2 MB, scalars 16 B"."""
     parts = [f"{kind} {units.size(n)}" for kind, n in traffic.kinds.items() if n > 0]
