@@ -217,7 +217,7 @@ def test_what_cannot_be_stacked_is_not_and_says_why(middle: Any, why: str, how: 
     whole = compute.fit("p", weights, rows, recipe, key=keys(3))
     told = compute.explain("p")
     assert told.startswith("sequential: ")
-    assert told.endswith(why) or f"; {why}" in told or f": {why}" in told
+    assert told.endswith(why) or f"and {why}" in told or f": {why}" in told
     for d in (2, 0, 1):
         key = keys(3)[d : d + 1]
         alone = compute.fit("p", device(weights, d), device(rows, d), recipe, key=key)
@@ -255,7 +255,7 @@ def test_convolutions_are_left_one_by_one_unless_told_otherwise(
     2 x 256 x width."""
     monkeypatch.setattr("kitestring.devices.fit.compute.native", lambda: None)
     for width, how, why in (
-        (2048, "auto", "sequential: llvmlite is not installed; convolutions"),
+        (2048, "auto", "sequential: llvmlite is not installed, and convolutions"),
         (2048, "vmap", "vmap"), (2, "auto", "vmap: llvmlite"),
     ):  # fmt: skip
         inner = nn.Sequential(

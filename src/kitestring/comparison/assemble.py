@@ -69,8 +69,8 @@ _RECORDED = (
 
 def _one_by_one(rows: list[Row]) -> list[str]:
     """Say where devices could not be computed all at once, and why."""
-    why = {s.computed for row in rows for s in row.seeds if "sequential: " in s.computed}
-    reasons = sorted({part.split("sequential: ")[1] for how in why for part in how.split("; ")})
+    parts = {part for row in rows for s in row.seeds for part in s.computed.split("; ")}
+    reasons = sorted({p.split("sequential: ", 1)[1] for p in parts if "sequential: " in p})
     return [f"Devices were trained one after the other: {reason}." for reason in reasons]
 
 

@@ -123,7 +123,7 @@ class TorchCompute:
         return sequential if why else vmapped
 
     def _say(self, p: Program, verb: str, way: str, *reasons: str) -> None:
-        told = "; ".join(dict.fromkeys(r for r in reasons if r))
+        told = ", and ".join(dict.fromkeys(r for r in reasons if r))
         self.used[p.name, verb] = f"{way}: {told}" if told else way
 
     def _why_not(
