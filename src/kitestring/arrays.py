@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -87,21 +88,18 @@ class Touched(np.lib.mixins.NDArrayOperatorsMixin):
         if plainly and ufunc is np.multiply and self._zero and _per_device(other, len(self)):
             factor = np.broadcast_to(np.reshape(other, -1), len(self))[self._owner]
             return self._with(self._rows * factor.reshape(-1, *[1] * (self._rows.ndim - 1)))
-        summed = method == "reduce" and ufunc is np.add and isinstance(other, int) and other == 0
-        if summed and self._zero and how.keys() == {"dtype", "keepdims"} and how["keepdims"]:
-            return self._sum(how["dtype"])
+        summed = method == "reduce" and ufunc is np.add and self._zero
+        if summed and how == {"axis": 0, "dtype": np.float64, "keepdims": True}:
+            return self._sum()
         whole = [np.asarray(a) if isinstance(a, Touched) else a for a in inputs]
         return getattr(ufunc, method)(*whole, **how)
 
-    def _sum(self, dtype: Any) -> Array:
-        """Over devices, [1, N, ...]."""
-        total = np.zeros((1, *self.shape[1:]), dtype)
-        order = np.argsort(self._ids, kind="stable")
-        ids = self._ids[order]
-        if len(ids):
-            first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
-            total[0, ids[first]] = np.add.reduceat(self._rows[order], first, 0, dtype=dtype)
-        return total
+    def _sum(self) -> Array:
+        """Over devices in float64, [1, N, ...]."""
+        length = math.prod(self.shape[2:])
+        there = (self._ids[:, None] * length + np.arange(length)).ravel()
+        flat = np.bincount(there, self._rows.ravel(), math.prod(self.shape[1:]))
+        return flat.reshape(1, *self.shape[1:])
 
 
 def _same(a: Any, b: Any) -> bool:
