@@ -94,9 +94,7 @@ def unpack(blob: bytes) -> Message:
             at += length
             shape = struct.unpack_from(f"<{dimensions}I", blob, at)
             at += 4 * dimensions
-            count = int(np.prod(shape, dtype=np.int64))
-            if count < 0:
-                raise ValueError(f"{shape} is no shape")
+            count = math.prod(shape)
             array = np.frombuffer(blob, DTYPES[dtype], count, at).reshape(shape).copy()
             at += array.nbytes
             leaf = Rows(array[None], np.array([len(array)])) if code & _RAGGED else array[None]
@@ -104,7 +102,7 @@ def unpack(blob: bytes) -> Message:
             if name in leaves:
                 raise ValueError(f"{name!r} comes twice")
             leaves[name] = leaf
-    except (struct.error, IndexError, ValueError, TypeError) as problem:
+    except (struct.error, IndexError, ValueError, TypeError, OverflowError) as problem:
         raise BadBytes(f"not a packed message at byte {at} of {len(blob)}: {problem}") from None
     return message
 

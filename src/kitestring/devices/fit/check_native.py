@@ -21,7 +21,7 @@ from kitestring.devices.fit.schedule import schedule
 if TYPE_CHECKING:
     from kitestring.devices.fit.compiled.run import Code
 
-BLOCK = 32  # rows evaluated at a time
+BLOCK, _FEW = 32, 8  # rows evaluated at a time: few where there are no more than twice that
 _OTHER = "compiled code gives other numbers"
 
 
@@ -34,9 +34,20 @@ def native() -> Code | None:
     return Code()
 
 
-def batch(n: Array, most: int = BLOCK) -> int:
-    """Rows that code is compiled for: `most`, or the next power of two where devices have fewer."""
+def batch(n: Array, most: int) -> int:
+    """Rows of a step that code is compiled for: `most`, or the next power of two where devices have
+    fewer."""
     return min(most, 1 << max(0, int(n.max(initial=1)) - 1).bit_length())
+
+
+def block(n: Array, together: bool = False) -> int:
+    """The same for an evaluation; `together`: all rows are one device's."""
+    return _FEW if (n.sum() if together else n.max(initial=1)) <= 2 * _FEW else BLOCK
+
+
+def shared(weights: Mapping[str, Array]) -> bool:
+    """All devices have the same."""
+    return all(len(a) == 1 or a.strides[0] == 0 for a in weights.values())
 
 
 def _two(weights: Tree, rows: Mapping[str, Rows], most: int) -> tuple[Tree, dict[str, Rows]]:
@@ -81,13 +92,15 @@ def fit(
     return "" if good and _alike({"loss": a.loss}, {"loss": b.loss}) else _OTHER
 
 
-def predict(code: Code | None, program: Program, weights: Tree, rows: Mapping[str, Rows]) -> str:
+def predict(
+    code: Code | None, program: Program, weights: Tree, rows: Mapping[str, Rows], block: int
+) -> str:
     assert code is not None
     own, heads = _two(weights, rows, BLOCK)
     first = next(iter(heads.values()))
     if not first.n[0]:
         return ""
-    a = code.predict(program, own, heads)
+    a = code.predict(program, own, heads, block)
     b = sequential.predict(program, own, {k: _wide(r) for k, r in heads.items()})
     real = first.mask()
     one, other = ({k: v[real] for k, v in found.items()} for found in (a, b))
@@ -100,6 +113,7 @@ def backward(
     weights: Tree,
     rows: Mapping[str, Rows],
     cotangent: Mapping[str, Rows] | None,
+    block: int,
 ) -> str:
     assert code is not None
     own, both = _two(
@@ -112,7 +126,7 @@ def backward(
         return ""
     real = first.mask()
     share = real.astype(np.float32)
-    a = code.backward(program, own, heads, cot, Rows(share, first.n))
+    a = code.backward(program, own, heads, cot, Rows(share, first.n), block)
     zeroed = {k: r.values for k, r in cot.items()} if cot else None
     b = sequential.backward(program, own, {k: _wide(r) for k, r in heads.items()}, zeroed, share)
     one, other = ({k: v[real] for k, v in found[2].items()} for found in (a, b))

@@ -12,7 +12,7 @@ from torch import nn
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit import check_native, sequential, vmapped
-from kitestring.devices.fit.check_native import native
+from kitestring.devices.fit.check_native import native, shared
 from kitestring.devices.fit.compiled.views import Refused
 from kitestring.devices.fit.programs import CPU, Program
 from kitestring.devices.fit.recipes import check
@@ -143,14 +143,14 @@ class TorchCompute:
         p, first = self.program(program), next(iter(inputs.values()))
         p.check(weights)
 
-        def agrees() -> str:
-            return check_native.predict(self._code, p, weights, inputs)
-
+        together = shared(weights)
+        size = check_native.block(first.n, together)
         found = self._native(
-            p, "predict", check_native.batch(first.n), agrees,
-            lambda: self._code.predict(p, weights, inputs),  # type: ignore[union-attr]
+            p, "predict", size,
+            lambda: check_native.predict(self._code, p, weights, inputs, size),
+            lambda: self._code.predict(p, weights, inputs, size),  # type: ignore[union-attr]
         )  # fmt: skip
-        if found is None and all(len(a) == 1 or a.strides[0] == 0 for a in weights.values()):
+        if found is None and together:
             self._say(p, "predict", "sequential", self.used[p.name, "predict"])
             found = self._predict_shared(p, weights, inputs)
         elif found is None:
@@ -223,11 +223,12 @@ class TorchCompute:
         real = first.mask()
         share = real.astype(np.float32) if row_weights is None else np.where(real, row_weights, 0)
         share = share.astype(np.float32)
+        size = check_native.block(first.n)
         found = self._native(
-            p, "backward", check_native.batch(first.n),
-            lambda: check_native.backward(self._code, p, weights, rows, cotangent),
+            p, "backward", size,
+            lambda: check_native.backward(self._code, p, weights, rows, cotangent, size),
             lambda: self._code.backward(  # type: ignore[union-attr]
-                p, weights, rows, cotangent, Rows(share, first.n)
+                p, weights, rows, cotangent, Rows(share, first.n), size
             ),
         )  # fmt: skip
         if found is None:

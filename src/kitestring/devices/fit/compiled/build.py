@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +90,18 @@ def step_function(builder: Builder, kernels: Sequence[Kernel]) -> Any:
         builder.call(e, f.args[0], kernel)
     e.done()
     return f
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which would walk all of torch several times."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def compiled(builder: Builder, size: int, constants: Mapping[Buffer, Any]) -> Native:

@@ -140,6 +140,8 @@ def backward(
     x, w, pairs = _flat(low, x, w, stride, padding, dilation)
     s = _shape(x, w, pairs, groups)
     w = low.view(w, contiguous=True)
+    if (wanted[0] and channels.suits(groups, s.ins)) or channels.suits(groups, s.outs):
+        d_out = _inside(s, _around(low, s, d_out, last=True))
     d_out = low.view(d_out)
     d_x: Value | None = None
     d_w: Value | None = None
@@ -152,7 +154,6 @@ def backward(
         d_x = low.reshaped(d_x, shape_x)
     if wanted[1]:
         if channels.suits(groups, s.outs):
-            d_out = _inside(s, _around(low, s, d_out, last=True))
             d_w = channels.weight_slope(low, s, _phased(low, x, s, last=True), d_out)
         else:
             inside = _inside(s, _around(low, s, d_out))
@@ -165,14 +166,15 @@ def backward(
     return d_x, d_w, d_b
 
 
-def _around(low: Lowering, s: Shape, d_out: View, last: bool = False) -> View:
+def _around(low: Lowering, s: Shape, d_out: Value, last: bool = False) -> View:
     """The output's gradient with zeros around it."""
     if (d_out, s, last) in low.cache:
         return low.cache[d_out, s, last]  # type: ignore[no-any-return]
     rows, columns = (s.before[d] + s.out[d] + s.after[d] for d in (0, 1))
     around = _planes(s, s.groups * s.outs, 1, rows, last, columns if last else s.pitch)
-    low.cache[d_out, s, last] = around
-    low.put(pointwise(_inside(s, around), d_out))
+    inside = _inside(s, around)
+    low.cache[d_out, s, last] = low.cache[inside, s, last] = around
+    low.assign(inside, d_out)
     return around
 
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from llvmlite import ir
 
 from kitestring.devices.fit.compiled.build import Builder
+from kitestring.devices.fit.compiled.draws import Dice
 from kitestring.devices.fit.compiled.emit import BYTES, F32, I64, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Table
 from kitestring.devices.fit.compiled.layout import Layout
 from kitestring.devices.fit.compiled.order import shuffled
 from kitestring.devices.fit.compiled.update import update
-from kitestring.devices.fit.compiled.views import SIZES, Buffer
+from kitestring.devices.fit.compiled.views import SIZES, Buffer, View
 
-FILL = ir.FunctionType(ir.VoidType(), [I64, I64, I64])  # device, step, rows that count
-
-
-def drive(builder: Builder, step: Any, layout: Layout, draws: bool) -> None:
+def drive(
+    builder: Builder, step: Any, layout: Layout, draws: Sequence[tuple[View, float]], dice: Dice
+) -> None:
     """for each device: load its weights; for each epoch, each batch: gather, step; store them.
 
-    Numbers given: a function that draws (if anything is drawn), devices, epochs, shuffle, memory,
-    n, keys, losses, order; for each column its rows and starts; for each table where its rows are,
-    where each device's touched ones go, how many those are, their numbers and the rows themselves;
-    for each other weight where it is, how far the next device's lies (0: shared) and, if it is
-    trained, where it goes; and the first two for each trained weight's centre and linear term
-    where those are used."""
+    `draws` are filled before every step. Numbers given: devices, epochs, shuffle, memory, n, keys,
+    losses, order; for each column its rows and starts; for each table where its rows are, where
+    each device's touched ones go, how many those are, their numbers and the rows themselves; for
+    each other weight where it is, how far the next device's lies (0: shared) and, if it is trained,
+    where it goes; and the first two for each trained weight's centre and linear term where those
+    are used."""
     e, numbers = builder.main()
     b, kind = e.b, layout.kind
     count = iter(range(10_000))
@@ -38,7 +38,6 @@ def drive(builder: Builder, step: Any, layout: Layout, draws: bool) -> None:
     def pointer() -> Any:
         return b.inttoptr(given(), BYTES)
 
-    fill = b.inttoptr(given(), FILL.as_pointer())
     devices, epochs, shuffle = given(), given(), given()
     memory, n_at, keys, losses, order = (pointer() for _ in range(5))
     sources = {name: (pointer(), pointer()) for name in layout.columns}
@@ -51,6 +50,9 @@ def drive(builder: Builder, step: Any, layout: Layout, draws: bool) -> None:
 
     def at(buffer: Buffer, element: int = 0) -> Any:
         return b.gep(memory, [i64(buffer.at + element * SIZES[buffer.dtype])])
+
+    def twist() -> None:
+        builder.call(e, memory, dice.twist())
 
     def load_all(d: Any, which: Mapping[str, Any], to: Callable[[str], Any]) -> None:
         for name, (source, apart, *_) in which.items():
@@ -68,6 +70,8 @@ def drive(builder: Builder, step: Any, layout: Layout, draws: bool) -> None:
         if not kind.simple:
             for name in ("first", "second"):
                 e.clear(at(layout.extra[name]), layout.trained_size)
+        if draws:
+            dice.seed(e, memory, e.load(keys, "i64", d))
         steps = b.sdiv(b.add(n, i64(kind.batch - 1)), i64(kind.batch))
         loss = e.variable(F32)
         b.store(ir.Constant(F32, 0.0), loss)
@@ -81,8 +85,8 @@ def drive(builder: Builder, step: Any, layout: Layout, draws: bool) -> None:
                 left = b.sub(n, first)
                 real = b.select(b.icmp_signed("<", left, i64(kind.batch)), left, i64(kind.batch))
                 _gather(e, layout, memory, sources, order, d, first, real)
-                if draws:
-                    b.call(fill, [d, b.add(b.mul(epoch, steps), t), real])
+                for view, chance in draws:
+                    dice.draw(e, memory, view, chance, real, twist)
                 b.call(step, [memory])
                 found = e.load(at(layout.loss), "f32", i64(0))
                 b.store(b.fadd(b.load(loss), found), loss)

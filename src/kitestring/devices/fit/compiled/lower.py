@@ -73,6 +73,7 @@ def _node(low: Lowering, node: Node, known: Mapping[Node, Any]) -> Any:
         if isinstance(args[0], Product) and list(args[1]) == [1, 0]:
             return args[0].turned()
     args = [low.view(a) if isinstance(a, Product | RowsAdded) else a for a in args]
+    args = [low.seen.get(a, a) if isinstance(a, Expr) else a for a in args]
     how = OPERATIONS.get(name) or OPERATIONS.get(name.split(".")[0])
     if how is None:
         raise Refused(f"{name} has no kernel")

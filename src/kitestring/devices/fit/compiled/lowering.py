@@ -6,8 +6,9 @@ are used, in one loop, unless several users or a change of shape call for the re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -22,8 +23,10 @@ from kitestring.devices.fit.compiled.kernels import (
 from kitestring.devices.fit.compiled.product import lies, product
 from kitestring.devices.fit.compiled.views import (
     Buffer,
+    Expr,
     Value,
     View,
+    changed,
     constant,
     leaves,
     plain,
@@ -58,6 +61,18 @@ class RowsAdded:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Tiled:
+    """Memory that nobody has written: each part is the value of one of the tiles it is cut into."""
+
+    whole: View
+    parts: Sequence[tuple[Callable[[View], View], Value]]
+
+
+def _replaced(whole: View, part: Value, cut: Callable[[View], View], view: View) -> Value:
+    return part if view == whole else cut(view)
+
+
 Lowered = Value | Product | RowsAdded
 
 
@@ -72,9 +87,27 @@ class Lowering:
     tables: dict[Buffer, Table] = field(default_factory=dict)
     draws: list[tuple[View, float]] = field(default_factory=list)  # 1 with that chance, else 0
     cache: dict[Any, Any] = field(default_factory=dict)
+    seen: dict[Expr, View] = field(default_factory=dict)  # what has been computed already
+    tiled: dict[Buffer, Tiled] = field(default_factory=dict)
 
     def put(self, kernel: Kernel) -> None:
+        for buffer in kernel.buffers:
+            if buffer in self.tiled:
+                tiled = self.tiled.pop(buffer)
+                for cut, part in tiled.parts:
+                    self.put(pointwise(cut(tiled.whole), part))
         self.kernels.append(kernel)
+
+    def assign(self, out: View, value: Value) -> None:
+        """out = value. Where one leaf is tiled, each tile is computed into its place."""
+        for view in leaves(value):
+            tiled = self.tiled.get(view.buffer) if view.buffer else None
+            if tiled is not None and tiled.whole == view:
+                for cut, part in tiled.parts:
+                    change = partial(_replaced, view, part, cut)
+                    self.put(pointwise(cut(out), changed(value, change)))
+                return
+        self.put(pointwise(out, value))
 
     def fresh(self, shape: Sequence[int], dtype: str, like: View | None = None) -> View:
         """Memory of its own; its dimensions lie in the order of those of `like`."""
@@ -98,9 +131,13 @@ class Lowering:
             self.put(pointwise(table, constant(0.0, "f32", value.shape)))
             self.put(add_rows(table, value.ids, value.rows, self.wrong))
             return table
+        if isinstance(value, Expr) and value in self.seen and not contiguous:
+            return self.seen[value]
         like = None if contiguous else _leader(value)
         out = self.fresh(value.shape, value.dtype, like)
-        self.put(pointwise(out, value))
+        self.assign(out, value)
+        if isinstance(value, Expr) and not contiguous:
+            self.seen[value] = out
         return out
 
     def multiply(self, a: View, b: View, start: View | None = None) -> View:

@@ -277,8 +277,10 @@ def _strided(
 
 
 def _bernoulli(low: Lowering, node: Node, x: Value, p: float, *_: Any) -> Value:
-    """Drawn outside, before each step: what a dropout keeps."""
+    """Drawn before each step: what a dropout keeps."""
     shape = shape_of(node)
+    if not shape:
+        raise Refused("it draws one number for all rows")
     out = plain(Buffer("draw", "f32", max(1, prod(shape)), fixed=True), shape)
     low.draws.append((out, float(p)))
     return out

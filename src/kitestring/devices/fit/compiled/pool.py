@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 from torch.fx import Node
 
 from kitestring.devices.fit.compiled.kernels import pointwise, reduction
-from kitestring.devices.fit.compiled.lowering import Lowering
+from kitestring.devices.fit.compiled.lowering import Lowering, Tiled
 from kitestring.devices.fit.compiled.views import Expr, Refused, Value, View, constant
 
 _WINDOWS = 64  # of an adaptive pooling, each with code of its own
@@ -68,7 +69,7 @@ def max_pool(
     for number, part in reversed(list(enumerate(parts[:-1]))):
         hit = Expr("eq", (part, top), "bool", shape)
         which = Expr("where", (hit, constant(number, "i64", shape), which), "i64", shape)
-    code = low.fresh(shape, "i64", x)
+    code = low.fresh(shape, "u8" if len(parts) <= 256 else "i64", x)
     low.put(pointwise(code, which))
     return top, code
 
@@ -95,16 +96,17 @@ def _spread(
     need = [(o - 1) * t + w for o, t, w in zip(out[-2:], s, k, strict=True)]
     size = [max(n, h + 2 * q) for n, h, q in zip(need, x.shape[-2:], p, strict=True)]
     padded = low.fresh((*x.shape[:-2], *size), "f32", x if isinstance(x, View) else None)
-    apart = s == k and need == size
-    if not apart:
-        low.put(pointwise(padded, constant(0.0, "f32", padded.shape)))
     spots = [(y, z) for y in range(k[0]) for z in range(k[1])]
+    if s == k and need == size and padded.shape == x.shape:
+        cuts = [partial(_slice, y=y, z=z, stride=s, out=out[-2:]) for y, z in spots]
+        parts = [(cut, part(number)) for number, cut in enumerate(cuts)]
+        assert padded.buffer is not None
+        low.tiled[padded.buffer] = Tiled(padded, parts)
+        return padded
+    low.put(pointwise(padded, constant(0.0, "f32", padded.shape)))
     for number, (y, z) in enumerate(spots):
         there = _slice(padded, y, z, s, out[-2:])
-        value = part(number)
-        if not apart:
-            value = Expr("add", (there, value), "f32", there.shape)
-        low.put(pointwise(there, value))
+        low.put(pointwise(there, Expr("add", (there, part(number)), "f32", there.shape)))
     first = len(x.shape) - 2
     return padded.slice(first, p[0], x.shape[-2]).slice(first + 1, p[1], x.shape[-1])
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from kitestring.core import Array, Fit, Recipe, Rows, Touched, Tree
-from kitestring.devices.fit.check_native import batch
+from kitestring.devices.fit.check_native import batch, shared
 from kitestring.devices.fit.compiled import evaluate, train
+from kitestring.devices.fit.compiled.build import uncollected
 from kitestring.devices.fit.compiled.layout import Kind
 from kitestring.devices.fit.compiled.tensors import Columns
-from kitestring.devices.fit.compiled.views import SIZES, Buffer, Refused, View
+from kitestring.devices.fit.compiled.views import SIZES, Buffer, Refused
 from kitestring.devices.fit.programs import Program
 from kitestring.errors import TaskError
 
@@ -36,7 +35,8 @@ class Code:
         with self._lock:
             if key not in self._made:
                 try:
-                    self._made[key] = make()
+                    with uncollected():
+                        self._made[key] = make()
                 except Refused as why:
                     self._made[key] = why
             found = self._made[key]
@@ -53,11 +53,13 @@ class Code:
         most = int(n.max(initial=1))
         if centre is not None and not set(program.chosen(recipe.train)) <= centre.keys():
             raise Refused("a centre for only some of the weights")
-        shared = all(len(a) == 1 or a.strides[0] == 0 for a in weights.values())
+        once = shared(weights) and any(
+            prod(weights[k].shape[1:]) >= train.LARGE for k in program.chosen(recipe.train)
+        )  # it matters for large tables only
         kind = Kind(
             batch(n, recipe.batch), _columns(rows), frozenset(program.chosen(recipe.train)),
             recipe.optimiser, recipe.momentum > 0, recipe.decay > 0, recipe.clip is not None,
-            recipe.mu > 0, linear is not None, shared,
+            recipe.mu > 0, linear is not None, once,
         )  # fmt: skip
         made = self._get((program, kind), lambda: train.trainer(program, kind))
         layout, memory = made.layout, made.native.memory()
@@ -68,7 +70,6 @@ class Code:
         order = np.empty(2 * most + 256, np.int64)
         keys = np.ascontiguousarray(seeds, np.uint64)
         call = _Call()
-        call.draws(made.draws, memory, keys)
         call.numbers(len(n), recipe.epochs, int(recipe.shuffle))
         call.arrays(memory, n, keys, losses, order)
         call.columns(rows, kind.columns)
@@ -96,15 +97,26 @@ class Code:
         return Fit(out, losses, -(-n // recipe.batch) * recipe.epochs)
 
     def predict(
-        self, program: Program, weights: Tree, rows: Mapping[str, Rows]
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows], block: int
     ) -> dict[str, Array]:
-        """Outputs [D, L, ...], zero where there is no row. Raises `Refused`."""
-        found, _ = self._evaluate(program, weights, rows, False, ())
-        return found
+        """Outputs [D, L, ...], zero where there is no row; `block` rows at a time. Raises `Refused`.
+
+        Where all devices have the same weights their rows are those of one."""
+        n = np.asarray(next(iter(rows.values())).n)
+        if len(n) == 1 or not n.any() or not shared(weights):
+            return self._evaluate(program, weights, rows, block, False, ())[0]
+        real = next(iter(rows.values())).mask()
+        one = Tree({k: a[:1] for k, a in weights.items()})
+        every = {k: _end_to_end(r, n) for k, r in rows.items()}
+        found, _ = self._evaluate(program, one, every, block, False, ())
+        out = {k: np.zeros((*real.shape, *v.shape[2:]), v.dtype) for k, v in found.items()}
+        for k, v in found.items():
+            out[k][real] = v[0]
+        return out
 
     def backward(
         self, program: Program, weights: Tree, rows: Mapping[str, Rows],
-        cotangent: Mapping[str, Rows] | None, row_weights: Rows,
+        cotangent: Mapping[str, Rows] | None, row_weights: Rows, block: int,
     ) -> tuple[Array, dict[str, Array], dict[str, Array]]:  # fmt: skip
         """As `sequential.backward`. Raises `Refused`."""
         every = dict(rows)
@@ -112,17 +124,19 @@ class Code:
             every["share"] = row_weights
         else:
             every.update({f"by:{k}": r for k, r in cotangent.items()})
-        found, sums = self._evaluate(program, weights, every, True, tuple(cotangent or ()))
+        found, sums = self._evaluate(
+            program, weights, every, block, True, tuple(cotangent or ())
+        )
         d_weights = {k[2:]: v for k, v in sums.items() if k.startswith("w:")}
         return sums["loss"], d_weights, {k[2:]: v for k, v in found.items()}
 
     def _evaluate(
-        self, program: Program, weights: Tree, rows: Mapping[str, Rows], slopes: bool,
+        self, program: Program, weights: Tree, rows: Mapping[str, Rows], block: int, slopes: bool,
         cotangents: tuple[str, ...],
     ) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
         n = np.ascontiguousarray(next(iter(rows.values())).n, np.int64)
         wide = next(iter(rows.values())).shape[1]
-        kind = evaluate.Kind(batch(n), _columns(rows), slopes, cotangents)
+        kind = evaluate.Kind(block, _columns(rows), slopes, cotangents)
         made = self._get((program, kind), lambda: evaluate.evaluator(program, kind))
         found = {name: np.zeros((len(n), wide, *shape), _NUMPY[t]) for name, shape, t in made.rows}
         sums = {name: np.zeros((len(n), *shape), _NUMPY[t]) for name, shape, t in made.sums}
@@ -138,6 +152,16 @@ class Code:
         made.native(call.given)
         _in_range(program, memory, made.wrong)
         return found, sums
+
+
+def _end_to_end(rows: Rows, n: Array) -> Rows:
+    """All devices' rows as one's."""
+    flat, start = rows.flat
+    ends = np.cumsum(n)
+    if not np.array_equal(start[n > 0], (start[0] + ends - n)[n > 0]):
+        flat = flat[np.repeat(start - ends + n, n) + np.arange(ends[-1])]
+        start = np.zeros(1, np.int64)
+    return Rows.lying(flat, start[:1], ends[-1:])
 
 
 def _columns(rows: Mapping[str, Rows]) -> Columns:
@@ -165,11 +189,6 @@ def _in_range(program: Program, memory: Array, wrong: Buffer) -> None:
         )
 
 
-def _of(memory: Array, view: View) -> Array:
-    assert view.buffer is not None
-    return _at(memory, view.buffer).reshape(view.shape)
-
-
 class _Touches:
     """Room for the rows of a shared table that each device touches: no more than it has tokens."""
 
@@ -194,9 +213,6 @@ class _Touches:
         return Touched(self._weight, owner[real], self._ids[real], self._rows[real])
 
 
-_FILL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-
-
 class _Call:
     """The numbers that a native function is given, and the arrays that they point to."""
 
@@ -210,24 +226,6 @@ class _Call:
     def arrays(self, *values: Array) -> None:
         self._keep += values
         self.given += [a.ctypes.data for a in values]
-
-    def draws(self, draws: Sequence[tuple[View, float]], memory: Array, keys: Array) -> None:
-        """A function that fills memory with what torch would draw for that step, seeded for each
-        device as `sequential.fit` does it."""
-        if not draws:
-            return self.numbers(0)
-        dice = torch.Generator()
-        places = [(torch.from_numpy(_of(memory, view)), p) for view, p in draws]
-
-        def fill(device: int, step: int, real: int) -> None:
-            if step == 0:
-                dice.manual_seed(int(keys[device] >> np.uint64(1)))
-            for place, p in places:
-                place[:real].bernoulli_(p, generator=dice)
-
-        function = _FILL(fill)
-        self._keep.append(function)
-        return self.numbers(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
     def columns(self, rows: Mapping[str, Rows], columns: Columns) -> None:
         for name, _, _ in columns:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from kitestring.devices.fit.compiled import trace
 from kitestring.devices.fit.compiled.build import Builder, Native, compiled, step_function
+from kitestring.devices.fit.compiled.draws import Dice
 from kitestring.devices.fit.compiled.drive import drive
 from kitestring.devices.fit.compiled.kernels import Table, add_rows, pointwise
 from kitestring.devices.fit.compiled.layout import HYPER, Kind, Layout
@@ -28,14 +29,13 @@ from kitestring.devices.fit.compiled.tensors import (
 from kitestring.devices.fit.compiled.views import Buffer, Expr, View, leaves, plain
 from kitestring.devices.fit.programs import Program
 
-_LARGE = 16_384  # floats of an embedding from which only the rows that are touched are fetched
+LARGE = 16_384  # floats of an embedding from which only the rows that are touched are fetched
 
 
 @dataclass(frozen=True)
 class Trainer:
     native: Native
     layout: Layout
-    draws: tuple[tuple[View, float], ...]  # filled before every step
     wrong: Buffer  # 1 where a row's number was out of range
 
 
@@ -52,10 +52,12 @@ def trainer(program: Program, kind: Kind) -> Trainer:
     low, layout = made
     wrong = low.wrong.buffer
     assert wrong is not None
-    size = place([*layout.buffers, wrong], low.kernels)
+    dice = Dice()
+    own = dice.buffers if low.draws else ()
+    size = place([*layout.buffers, wrong, *own], low.kernels)
     builder = Builder()
-    drive(builder, step_function(builder, low.kernels), layout, bool(low.draws))
-    return Trainer(compiled(builder, size, low.constants), layout, tuple(low.draws), wrong)
+    drive(builder, step_function(builder, low.kernels), layout, low.draws, dice)
+    return Trainer(compiled(builder, size, low.constants), layout, wrong)
 
 
 def _lookups(traced: GraphModule, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
@@ -65,7 +67,7 @@ def _lookups(traced: GraphModule, shapes: Mapping[str, tuple[int, ...]]) -> set[
     for name, node in zip(sorted(shapes), inputs, strict=False):
         users = list(node.users)
         once = len(users) == 1 and str(users[0].target) == "aten.embedding.default"
-        if once and users[0].args[0] is node and prod(shapes[name]) >= _LARGE:
+        if once and users[0].args[0] is node and prod(shapes[name]) >= LARGE:
             found.add(name)
     return found
 
