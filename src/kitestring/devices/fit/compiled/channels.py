@@ -18,8 +18,11 @@ from kitestring.devices.fit.compiled.emit import I64, WIDTH, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Kernel, Pointers, kernel, pointwise
 from kitestring.devices.fit.compiled.lowering import Lowering
 from kitestring.devices.fit.compiled.planes import Shape
-from kitestring.devices.fit.compiled.product import COLUMNS, REGISTERS, runs
-from kitestring.devices.fit.compiled.views import Buffer, View, blocks, constant
+from kitestring.devices.fit.compiled.product import COLUMNS, REGISTERS, runs, vectors
+from kitestring.devices.fit.compiled.views import Buffer, View, constant
+
+
+_CACHED = 2**16  # floats of images that are read again and again
 
 
 def suits(groups: int, channels: int) -> bool:
@@ -114,8 +117,7 @@ def convolve(
             aim = b.add(aim, i64(out.offset))
 
             def block(j: Any, count: int) -> None:
-                parts = [(p, WIDTH) for p in range(0, count - count % WIDTH, WIDTH)]
-                parts += blocks(count, WIDTH)
+                parts = vectors(count)
 
                 def run(x: Any, length: int) -> None:
                     cells = [(r, p) for r in range(length) for p in range(len(parts))]
@@ -164,25 +166,36 @@ def _columns(e: Emitter, n: int, block: Callable[[Any, int], None]) -> None:
 
 
 def convolve_weights(out: View, planes: View, reads: Sequence[int], d: View) -> Kernel:
-    """out [m, n] = sum over images and positions of planes[b, 0, y, x + reads[m]] d[b, n, y, x]."""
+    """out [m, n] = sum over images and positions of planes[b, 0, y, x + reads[m]] d[b, n, y, x].
+
+    As many images at a time as stay in the cache: each is read once for every few rows of out."""
     batch, n, high, wide = d.shape
+    each = planes.strides[0] + n * high * wide
+    few = max(1, min(batch, _CACHED // each))
 
     def emit(e: Emitter, at: Pointers) -> None:
         b, offset = e.b, table(e, reads)
         image, slope, target = (at[v.buffer] for v in (planes, d, out))  # type: ignore[index]
 
-        def block(j: Any, count: int) -> None:
-            parts = [(p, WIDTH) for p in range(0, count - count % WIDTH, WIDTH)]
-            parts += blocks(count, WIDTH)
-
-            def rows(m: Any, length: int) -> None:
+        def images(first: Any, count: int, again: bool) -> None:
+            def rows(m: Any, length: int, j: Any, columns: int) -> None:
+                parts = vectors(columns)
                 cells = [(r, p) for r in range(length) for p in range(len(parts))]
                 totals = {c: e.variable(e.kind("f32", parts[c[1]][1])) for c in cells}
-                for (_, p), total in totals.items():
-                    b.store(e.number(0.0, "f32", parts[p][1]), total)
+                places = {
+                    (r, p): b.add(
+                        b.mul(b.add(m, i64(r)), i64(n)), b.add(j, i64(parts[p][0]))
+                    )
+                    for r, p in cells
+                }  # fmt: skip
+                for (r, p), total in totals.items():
+                    width = parts[p][1]
+                    known = e.load(target, "f32", places[r, p], width) if again else None
+                    b.store(known or e.number(0.0, "f32", width), total)
                 shifts = [offset(b.add(m, i64(r))) for r in range(length)]
                 with ExitStack() as stack:
-                    i, y = (stack.enter_context(e.loop(size)) for size in (batch, high))
+                    i, y = (stack.enter_context(e.loop(size)) for size in (count, high))
+                    i = b.add(i, first)
                     here = b.add(b.mul(i, i64(planes.strides[0])), b.mul(y, i64(planes.strides[2])))
                     there = b.add(b.mul(i, i64(d.strides[0])), b.mul(y, i64(d.strides[2])))
                     there = b.add(there, b.add(j, i64(d.offset)))
@@ -196,14 +209,21 @@ def convolve_weights(out: View, planes: View, reads: Sequence[int], d: View) -> 
                         for p, (_, width) in enumerate(parts):
                             total = totals[r, p]
                             b.store(e.fma(e.splat(one, width), g[p], b.load(total)), total)
-                for r, p in cells:
-                    shift, width = parts[p]
-                    row = b.mul(b.add(m, i64(r)), i64(n))
-                    place = b.add(row, b.add(j, i64(shift)))
-                    e.store(b.load(totals[r, p]), target, "f32", place, width)
+                for (r, p), total in totals.items():
+                    e.store(b.load(total), target, "f32", places[r, p], parts[p][1])
 
-            runs(e, len(reads), max(1, REGISTERS // len(parts)), rows)
+            def block(j: Any, columns: int) -> None:
+                most = max(1, REGISTERS // len(vectors(columns)))
+                runs(e, len(reads), most, lambda m, length: rows(m, length, j, columns))
 
-        _columns(e, n, block)
+            _columns(e, n, block)
+
+        images(i64(0), few, again=False)
+        rest = batch - few
+        if rest // few:
+            with e.loop(few * (1 + rest // few), start=i64(few), step=few) as first:
+                images(first, few, again=True)
+        if rest % few:
+            images(i64(batch - rest % few), rest % few, again=True)
 
     return kernel("convolve_weights", emit, out, planes, list(reads), d)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from llvmlite import binding
@@ -22,6 +23,7 @@ COLUMNS = 4 if _WIDE else 1  # vectors of a tile
 REGISTERS = 24 if _WIDE else 6  # accumulators of a tile
 DOT = (6, 4) if _WIDE else (3, 2)  # rows and columns of a tile of dot products
 _PACK = 4 * WIDTH  # rows of a from which copying b pays
+_CACHED = 2**18  # floats that stay in a core's cache
 _DEEP = 256  # of the shared dimension at a time, so that a panel of b stays in the cache
 
 
@@ -58,7 +60,8 @@ def product(
             if way == "dot":
                 return _Tile(e, at, index, out, a, b, start, scale).dots()
             depth = a.shape[-1]
-            parts = -(-depth // _DEEP) if a.shape[-2] >= _PACK else 1
+            large = a.shape[-2] >= _PACK or depth * b.shape[-1] > _CACHED
+            parts = -(-depth // _DEEP) if large else 1
             for k in range(0, depth, -(-depth // parts)):
                 size = min(-(-depth // parts), depth - k)
                 left, right = a.slice(-1, k, size), b.slice(-2, k, size)
@@ -77,6 +80,12 @@ def runs(e: Emitter, n: int, most: int, body: Callable[[Any, int], None]) -> Non
             body(i, length)
     if n % length:
         body(i64(whole), n % length)
+
+
+def vectors(count: int) -> list[tuple[int, int]]:
+    """(start, width) of the vectors that make up so many columns."""
+    whole = [(k, WIDTH) for k in range(0, count - count % WIDTH, WIDTH)]
+    return whole + blocks(count, WIDTH)
 
 
 class _Tile:
@@ -113,36 +122,45 @@ class _Tile:
             e.spread(total, self.at[out.buffer], "f32", at, out.strides[-1], width)  # type: ignore[index]
 
     def columns(self) -> None:
-        e = self.e
-
-        def block(j: Any, wide: int) -> None:
-            parts = [(k, WIDTH) for k in range(0, wide - wide % WIDTH, WIDTH)]
-            parts += blocks(wide, WIDTH)
-
-            def rows(i: Any, count: int) -> None:
-                cells = [(r, p, width) for r in range(count) for p, width in parts]
-                totals = {cell: e.variable(e.kind("f32", cell[2])) for cell in cells}
-                for (*_, width), total in totals.items():
-                    e.b.store(e.number(0.0, "f32", width), total)
-                with e.loop(self.k) as k:
-                    left, right = self.spot(self.a, i, k), self.spot(self.b, k, j)
-                    b = {p: self.read(self.b, right, 0, p, 1, w) for p, w in parts}
-                    for r in range(count):
-                        a = self.read(self.a, left, r, 0, 0, 1)
-                        for p, w in parts:
-                            total = totals[r, p, w]
-                            e.b.store(e.fma(e.splat(a, w), b[p], e.b.load(total)), total)
-                self.finish({cell: e.b.load(total) for cell, total in totals.items()}, i, j)
-
-            runs(e, self.m, max(1, REGISTERS // len(parts)), rows)
-
+        """Down each stripe of columns; or row by row, so that a large result is written as it lies
+        while a small b stays in the cache."""
         most = COLUMNS * WIDTH
-        whole = self.n - self.n % most
-        if whole:
-            with e.loop(whole, step=most) as j:
-                block(j, most)
-        if self.n % most:
-            block(i64(whole), self.n % most)
+        high = max(1, REGISTERS // min(COLUMNS, -(-self.n // WIDTH)))
+        wide, small = self.m * self.n > _CACHED, self.k * self.n <= _CACHED // 2
+
+        def stripes(body: Callable[[Any, int], None]) -> None:
+            whole = self.n - self.n % most
+            if whole:
+                with self.e.loop(whole, step=most) as j:
+                    body(j, most)
+            if self.n % most:
+                body(i64(whole), self.n % most)
+
+        if wide and small:
+            runs(self.e, self.m, high, lambda i, rows: stripes(partial(self.tile, i, rows)))
+        else:
+
+            def stripe(j: Any, count: int) -> None:
+                fit = max(1, REGISTERS // len(vectors(count)))
+                runs(self.e, self.m, fit, lambda i, rows: self.tile(i, rows, j, count))
+
+            stripes(stripe)
+
+    def tile(self, i: Any, rows: int, j: Any, columns: int) -> None:
+        e, parts = self.e, vectors(columns)
+        cells = [(r, p, width) for r in range(rows) for p, width in parts]
+        totals = {cell: e.variable(e.kind("f32", cell[2])) for cell in cells}
+        for (*_, width), total in totals.items():
+            e.b.store(e.number(0.0, "f32", width), total)
+        with e.loop(self.k) as k:
+            left, right = self.spot(self.a, i, k), self.spot(self.b, k, j)
+            b = {p: self.read(self.b, right, 0, p, 1, w) for p, w in parts}
+            for r in range(rows):
+                a = self.read(self.a, left, r, 0, 0, 1)
+                for p, w in parts:
+                    total = totals[r, p, w]
+                    e.b.store(e.fma(e.splat(a, w), b[p], e.b.load(total)), total)
+        self.finish({cell: e.b.load(total) for cell, total in totals.items()}, i, j)
 
     def dots(self) -> None:
         e, rest = self.e, self.k % WIDTH
