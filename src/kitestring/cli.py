@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
         help="torch device to compute on, such as cuda or cuda:1 (cpu)",
     )  # fmt: skip
     what.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32",
+        help="of products in training; what is kept, sent and served is float32 (float32)",
+    )  # fmt: skip
+    what.add_argument(
         "--lost",
         type=float,
         default=0.0,
@@ -149,6 +153,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
         profile=given.hardware,
         compute=given.compute,
         device=given.device,
+        precision=given.precision,
         lost=given.lost,
     )
     if given.workers is not None and given.workers < 1:

@@ -37,7 +37,8 @@ def compare(
     there."""
     task = order.load()
     notes = validate(task)
-    bench = Bench(task, profile(order.profile), order.compute, order.lost, order.device)
+    hardware, how = profile(order.profile), order.compute
+    bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
     programs = bench.compute(0).programs
     fits(task, programs, bench.profile)
     names = set(programs)

@@ -20,7 +20,7 @@ from kitestring.collaborate.baselines.pool_trained import State
 from kitestring.comparison.results import Learning, Serving, Traffic
 from kitestring.core import Rows, Tree, run, serve
 from kitestring.devices.fit.compute import How, TorchCompute
-from kitestring.devices.fit.programs import size_in_bytes
+from kitestring.devices.fit.programs import Precision, size_in_bytes
 from kitestring.devices.profiles import Profile
 from kitestring.engines.local import LocalEngine, Setting
 from kitestring.errors import TaskError
@@ -59,6 +59,7 @@ class Bench:
     how: How
     lost: float
     device: str = "cpu"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         users = self.task.users
@@ -75,7 +76,9 @@ class Bench:
         made: dict[int, TorchCompute] = self._computes  # type: ignore[attr-defined]
         if seed not in made:
             first = next(iter(made.values()), None)
-            made[seed] = TorchCompute(self._programs(seed), self.how, first, self.device)
+            made[seed] = TorchCompute(
+                self._programs(seed), self.how, first, self.device, self.precision
+            )
         return made[seed]
 
     def _programs(self, seed: int) -> Any:

@@ -89,7 +89,8 @@ def _prepare(order: Order, heard: Any, parent: int, shared: Any) -> None:
     global _bench, _budget, _heard
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     thread_per_process()
-    _bench = Bench(order.load(), profile(order.profile), order.compute, order.lost, order.device)
+    task, hardware, how = order.load(), profile(order.profile), order.compute
+    _bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
     _budget, _heard = shared, heard
 
 
