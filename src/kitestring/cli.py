@@ -96,6 +96,7 @@ def _judging(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--explain", action="store_true", help="say how each program was computed, and why so"
     )
+    group.add_argument("--profile", action="store_true", help="say where the time went")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,7 +194,7 @@ def _report(given: argparse.Namespace, command: str) -> None:
 def _judge(comparison: Comparison, folder: Path, given: argparse.Namespace, command: str) -> None:
     from rich.console import Console
 
-    from kitestring.report import page, terminal
+    from kitestring.report import page, terminal, times
     from kitestring.report.decide import decide, parse_limits
     from kitestring.report.prices import load as load_prices
 
@@ -203,6 +204,8 @@ def _judge(comparison: Comparison, folder: Path, given: argparse.Namespace, comm
     console.print(terminal.table(comparison, verdict, prices))
     if given.explain:
         console.print(terminal.explained(comparison))
+    if given.profile:
+        console.print(times.profiled(comparison))
     path = folder / "report.html"
     page.write(comparison, verdict, prices, path, command=command)
     console.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)

@@ -15,9 +15,16 @@ from kitestring import __version__
 from kitestring.collaborate.about import Budget
 from kitestring.comparison.board import Board
 from kitestring.comparison.jobs import Bench
-from kitestring.comparison.methods import POOL_TRAINED, Method, shown
+from kitestring.comparison.methods import METHODS, POOL_TRAINED, Method, shown
 from kitestring.comparison.order import Order, missing
-from kitestring.comparison.results import Comparison, Row, SeedResult, learning_from, serving_from
+from kitestring.comparison.results import (
+    Comparison,
+    Row,
+    SeedResult,
+    Spent,
+    learning_from,
+    serving_from,
+)
 from kitestring.tasks.task import Recorded, Task
 
 
@@ -157,6 +164,14 @@ def _seed(
         computed=found["computed"],
         wall_s=found["wall_s"],
     )
+
+
+def spent(board: Board) -> list[Spent]:
+    """Of every job: trials, seeds, and what was trained on the pool for others."""
+    return [
+        Spent(METHODS[method].about.title, split == "validation", found["spent"])
+        for (method, _, _, split), found in board.found.items()
+    ]
 
 
 def cores() -> int:

@@ -19,7 +19,7 @@ from kitestring.comparison.methods import METHODS
 from kitestring.comparison.order import Order
 from kitestring.devices.fit.compute import thread_per_process
 from kitestring.devices.profiles import profile
-from kitestring.errors import KitestringError, NoReplies, RunError, TaskError
+from kitestring.errors import KitestringError, RunError, TaskError
 
 
 class Listener(Protocol):
@@ -113,8 +113,6 @@ def _do(job: Job) -> dict[str, Any]:
 
     try:
         return work(_bench, job, collaboration, progress)
-    except NoReplies as nobody:
-        return {"failed": str(nobody)}
     except KitestringError:
         raise
     except Exception as problem:

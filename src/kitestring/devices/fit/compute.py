@@ -17,6 +17,7 @@ from kitestring.devices.fit.compiled.views import Refused
 from kitestring.devices.fit.programs import CPU, Precision, Program
 from kitestring.devices.fit.recipes import check
 from kitestring.devices.fit.schedule import schedule
+from kitestring.devices.fit.stopwatch import Stopwatch
 from kitestring.errors import SettingError, unknown
 
 How = Literal["auto", "compiled", "sequential", "vmap"]
@@ -49,9 +50,10 @@ class TorchCompute:
         tried serves here too."""
         self.how, self.device, self.precision = how, usable(device), known(precision)
         self.used: dict[tuple[str, str], str] = {}  # (program, verb) -> how; callers may clear it
+        self.preparing = Stopwatch()  # while code is made, and ways are tried
         self._initial = {name: p.initial() for name, p in programs.items()}
         compiles = how in ("auto", "compiled") and self.device == CPU
-        self._code = native() if compiles else None
+        self._code = native(self.preparing) if compiles else None
         self._maps_it: dict[tuple[str, bool], str] = {}
         self._tried: dict[tuple[str, str, int], str] = {}
         self.programs = {name: p.on(self.device, precision) for name, p in programs.items()}
@@ -61,6 +63,7 @@ class TorchCompute:
             if all(programs[name].resembles(like.programs[name]) for name in shared):
                 self.programs |= {name: like.programs[name] for name in shared}
                 self._code, self._maps_it, self._tried = like._code, like._maps_it, like._tried
+                self.preparing = like.preparing
 
     def program(self, name: str) -> Program:
         if name not in self.programs:
@@ -105,7 +108,8 @@ class TorchCompute:
             key = (p.name, verb, rows)
             try:
                 if key not in self._tried:
-                    self._tried[key] = agrees()
+                    with self.preparing:
+                        self._tried[key] = agrees()
                 why = self._tried[key]
                 if not why:
                     found = run()
@@ -129,7 +133,8 @@ class TorchCompute:
         not_compiled, one = self.used[p.name, verb], len(next(iter(rows.values())).n) == 1
         key = (p.name, trains)
         if not one and key not in self._maps_it:
-            self._maps_it[key] = self._why_not(p, weights, rows, trains)
+            with self.preparing:
+                self._maps_it[key] = self._why_not(p, weights, rows, trains)
         why = "one model" if one else self._maps_it[key]
         told = "" if why == "one model" else why
         self._say(p, verb, "sequential" if why else "vmap", not_compiled, told)

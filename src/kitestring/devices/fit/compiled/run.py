@@ -18,6 +18,7 @@ from kitestring.devices.fit.compiled.layout import Kind
 from kitestring.devices.fit.compiled.tensors import Columns
 from kitestring.devices.fit.compiled.views import SIZES, Buffer, Refused, View
 from kitestring.devices.fit.programs import Program
+from kitestring.devices.fit.stopwatch import Stopwatch
 from kitestring.errors import TaskError
 
 T = TypeVar("T")
@@ -26,9 +27,10 @@ _NUMPY = {short: np.dtype(long) for long, short in _DTYPES.items()}
 
 
 class Code:
-    """What has been compiled of some programs, or why it was refused."""
+    """What has been compiled of some programs, or why it was refused. `watch` sees how long."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
         self._made: dict[Any, Any] = {}
         self._lock = threading.RLock()
 
@@ -36,7 +38,8 @@ class Code:
         with self._lock:
             if key not in self._made:
                 try:
-                    self._made[key] = make()
+                    with self._watch:
+                        self._made[key] = make()
                 except Refused as why:
                     self._made[key] = why
             found = self._made[key]
