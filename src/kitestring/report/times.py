@@ -117,7 +117,8 @@ def _amount(x: float, whole: float) -> str:
 def _busy(times: Times) -> str:
     work = sum(sum(job.parts.values()) for job in times.jobs)
     trials = sum(sum(job.parts.values()) for job in times.jobs if job.trial)
-    tuning = f"{units.share(trials / work)} of the work was in tuning trials; seed 0 is the best of them"
+    share = units.share(trials / work)
+    tuning = f"{share} of the work was in tuning trials; seed 0 is the best of them"
     if times.wall_s is None:
         return f"{tuning}. The run was resumed, so how long it took in all is not known."
     by = f"{times.workers} worker{'s' if times.workers > 1 else ''}"
