@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from kitestring.comparison.results import Comparison, Learning, Row, SeedResult, Serving, Traffic
+from kitestring.comparison.results import (
+    Comparison,
+    Learning,
+    Row,
+    SeedResult,
+    Serving,
+    Spent,
+    Times,
+    Traffic,
+)
 
 PROFILE: dict[str, Any] = {
     "name": "synthetic phone",
@@ -113,6 +122,7 @@ def comparison(
         machine="a made-up machine, 2 cores",
         rows=rows,
         notes=["All users are made up.", "Latency and energy are modelled."],
+        times=Times([Spent("FedAvg", True, {"fit small": 3.0, "rest": 1.0})], 2, 2.5),
     )
 
 

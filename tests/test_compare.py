@@ -36,6 +36,7 @@ def figures(folder: Path) -> dict[str, Any]:
     for row in found["rows"]:
         for seed in row["seeds"]:
             del seed["wall_s"], seed["computed"]
+    del found["times"]
     return dict(found)
 
 
@@ -102,6 +103,33 @@ def test_judged_anew_with_other_limits(done: tuple[Path, str]) -> None:
     assert "limit: no data up" in found.stdout
 
 
+def test_where_the_time_went(done: tuple[Path, str], tmp_path: Path) -> None:
+    """Of every job: two trials and two seeds of each, with what is trained on the pool alone."""
+    times = load(done[0]).times
+    assert times is not None
+    assert times.wall_s is not None
+    for trials in (True, False):
+        titles = [job.title for job in times.jobs if job.trial is trials]
+        assert sorted(titles) == sorted(2 * [m.about.title for m in METHODS.values()])
+    assert all(seconds >= 0 for job in times.jobs for seconds in job.parts.values())
+    work = sum(sum(job.parts.values()) for job in times.jobs)
+    assert 0 < work < times.workers * times.wall_s
+    assert any(job.parts.get("fit small", 0) > 0 for job in times.jobs if job.title == "FedAvg")
+
+    found = kitestring("report", done[0], "--profile")
+    assert found.returncode == 0
+    table = found.stdout.split("Where the time went")[1]
+    assert all(m.about.title in table for m in METHODS.values())
+    assert "Where the time went" not in done[1], "it was not asked for"
+
+    old = json.loads((done[0] / "comparison.json").read_text())
+    del old["times"]
+    (tmp_path / "comparison.json").write_text(json.dumps(old))
+    found = kitestring("report", tmp_path, "--profile")
+    assert found.returncode == 0, found.stderr
+    assert "did not keep" in found.stdout
+
+
 def test_killed_at_any_moment_and_resumed(done: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL in the middle of early, middling and late jobs: the figures stay the same."""
     words = ["compare", TINY, "--seeds", "2", "--trials", "2", "--out", str(tmp_path)]
@@ -123,6 +151,11 @@ def test_killed_at_any_moment_and_resumed(done: tuple[Path, str], tmp_path: Path
     found = kitestring(*words, "--resume")
     assert found.returncode == 0, found.stderr
     assert figures(tmp_path) == figures(done[0])
+    resumed, whole = load(tmp_path).times, load(done[0]).times
+    assert resumed is not None
+    assert whole is not None
+    assert resumed.wall_s is None  # of the last start alone it would mean nothing
+    assert len(resumed.jobs) == len(whole.jobs)
 
 
 def test_resuming_something_else_is_refused(done: tuple[Path, str], tmp_path: Path) -> None:

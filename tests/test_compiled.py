@@ -163,7 +163,7 @@ def test_what_it_has_no_code_for_goes_to_what_has_and_says_so() -> None:
 
 
 def test_without_llvmlite_all_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kitestring.devices.fit.compute.native", lambda: None)
+    monkeypatch.setattr("kitestring.devices.fit.compute.native", lambda watch: None)
     made, weights, rows = devices("mlp", [3, 2])
     compute = TorchCompute({"p": made})
     compute.fit("p", weights, rows, Recipe(0.1), key=keys(2))

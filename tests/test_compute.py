@@ -253,7 +253,7 @@ def test_convolutions_are_left_one_by_one_unless_told_otherwise(
 ) -> None:
     """Without compiled code, and from a million operations a row: the last layer has
     2 x 256 x width."""
-    monkeypatch.setattr("kitestring.devices.fit.compute.native", lambda: None)
+    monkeypatch.setattr("kitestring.devices.fit.compute.native", lambda watch: None)
     for width, how, why in (
         (2048, "auto", "sequential: llvmlite is not installed, and convolutions"),
         (2048, "vmap", "vmap"), (2, "auto", "vmap: llvmlite"),

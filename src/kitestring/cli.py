@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
         help="torch device to compute on, such as cuda or cuda:1 (cpu)",
     )  # fmt: skip
     what.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32",
+        help="of products in training; what is kept, sent and served is float32 (float32)",
+    )  # fmt: skip
+    what.add_argument(
         "--lost",
         type=float,
         default=0.0,
@@ -92,6 +96,7 @@ def _judging(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--explain", action="store_true", help="say how each program was computed, and why so"
     )
+    group.add_argument("--profile", action="store_true", help="say where the time went")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,6 +154,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
         profile=given.hardware,
         compute=given.compute,
         device=given.device,
+        precision=given.precision,
         lost=given.lost,
     )
     if given.workers is not None and given.workers < 1:
@@ -188,7 +194,7 @@ def _report(given: argparse.Namespace, command: str) -> None:
 def _judge(comparison: Comparison, folder: Path, given: argparse.Namespace, command: str) -> None:
     from rich.console import Console
 
-    from kitestring.report import page, terminal
+    from kitestring.report import page, terminal, times
     from kitestring.report.decide import decide, parse_limits
     from kitestring.report.prices import load as load_prices
 
@@ -198,6 +204,8 @@ def _judge(comparison: Comparison, folder: Path, given: argparse.Namespace, comm
     console.print(terminal.table(comparison, verdict, prices))
     if given.explain:
         console.print(terminal.explained(comparison))
+    if given.profile:
+        console.print(times.profiled(comparison))
     path = folder / "report.html"
     page.write(comparison, verdict, prices, path, command=command)
     console.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)

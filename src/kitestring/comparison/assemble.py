@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,9 +15,16 @@ from kitestring import __version__
 from kitestring.collaborate.about import Budget
 from kitestring.comparison.board import Board
 from kitestring.comparison.jobs import Bench
-from kitestring.comparison.methods import POOL_TRAINED, Method, shown
+from kitestring.comparison.methods import METHODS, POOL_TRAINED, Method, shown
 from kitestring.comparison.order import Order, missing
-from kitestring.comparison.results import Comparison, Row, SeedResult, learning_from, serving_from
+from kitestring.comparison.results import (
+    Comparison,
+    Row,
+    SeedResult,
+    Spent,
+    learning_from,
+    serving_from,
+)
 from kitestring.tasks.task import Recorded, Task
 
 
@@ -39,6 +47,8 @@ def assemble(
     said = [*task.notes, *notes, *_one_by_one(rows)]
     if isinstance(task, Recorded):
         said.append(_RECORDED)
+    elif order.precision == "bfloat16":
+        said.append(_BFLOAT16)
     return Comparison(
         task=task.name,
         about=task.about,
@@ -65,12 +75,17 @@ _RECORDED = (
     "Answers are recorded: a request's bytes are those of its number and answer, not of its "
     "content, and neither time nor energy includes computing an answer."
 )
+_BFLOAT16 = (
+    "Trained in bfloat16 (--precision): what goes into products was rounded to 8 bits, so the "
+    "figures are not those of float32. Weights, averages and served answers are float32."
+)
+_REASON = re.compile(r"sequential: (.+?)(?=, (?:backward|fit|predict) |$)")
 
 
 def _one_by_one(rows: list[Row]) -> list[str]:
     """Say where devices could not be computed all at once, and why."""
     parts = {part for row in rows for s in row.seeds for part in s.computed.split("; ")}
-    reasons = sorted({p.split("sequential: ", 1)[1] for p in parts if "sequential: " in p})
+    reasons = sorted({reason for part in parts for reason in _REASON.findall(part)})
     return [f"Devices were trained one after the other: {reason}." for reason in reasons]
 
 
@@ -149,6 +164,14 @@ def _seed(
         computed=found["computed"],
         wall_s=found["wall_s"],
     )
+
+
+def spent(board: Board) -> list[Spent]:
+    """Of every job: trials, seeds, and what was trained on the pool for others."""
+    return [
+        Spent(METHODS[method].about.title, split == "validation", found["spent"])
+        for (method, _, _, split), found in board.found.items()
+    ]
 
 
 def cores() -> int:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from kitestring.comparison.assemble import assemble, cores
+from kitestring.comparison.assemble import assemble, cores, spent
 from kitestring.comparison.board import Board
 from kitestring.comparison.jobs import Bench
 from kitestring.comparison.methods import METHODS, POOL_TRAINED, Method, shown
 from kitestring.comparison.order import Order, budget, missing
-from kitestring.comparison.results import Comparison, from_json, to_json
+from kitestring.comparison.results import Comparison, Times, from_json, to_json
 from kitestring.comparison.workers import Listener, work_off
 from kitestring.devices.profiles import profile
 from kitestring.errors import RunError
@@ -35,9 +36,11 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Run (or go on with) a comparison in `folder` and keep its figures in `comparison.json`
     there."""
+    started, workers = time.perf_counter(), workers or cores()
     task = order.load()
     notes = validate(task)
-    bench = Bench(task, profile(order.profile), order.compute, order.lost, order.device)
+    hardware, how = profile(order.profile), order.compute
+    bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
     programs = bench.compute(0).programs
     fits(task, programs, bench.profile)
     names = set(programs)
@@ -48,8 +51,10 @@ def compare(
             (lambda a, b: a > b) if task.metric.higher_is_better else (lambda a, b: a < b),
         )  # fmt: skip
         shared = budget(bench, order.trials)
-        work_off(board, order, shared, workers or cores(), heard)
+        work_off(board, order, shared, workers, heard)
+        wall_s = None if resume else time.perf_counter() - started
         result = assemble(order, bench, shared, board, names, notes)
+        result = replace(result, times=Times(spent(board), workers, wall_s))
         write_whole(folder / "comparison.json", json.dumps(to_json(result)))
     return result
 

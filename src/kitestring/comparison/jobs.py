@@ -7,7 +7,6 @@ again, and the rest is computed anew to the same figures.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,18 +16,19 @@ from typing import Any
 import numpy as np
 
 from kitestring.collaborate.baselines.pool_trained import State
+from kitestring.comparison.clock import MODELS, SCORES, STATE, Clock
 from kitestring.comparison.results import Learning, Serving, Traffic
 from kitestring.core import Rows, Tree, run, serve
 from kitestring.devices.fit.compute import How, TorchCompute
-from kitestring.devices.fit.programs import size_in_bytes
+from kitestring.devices.fit.programs import Precision, size_in_bytes
 from kitestring.devices.profiles import Profile
 from kitestring.engines.local import LocalEngine, Setting
-from kitestring.errors import TaskError
+from kitestring.errors import NoReplies, TaskError
 from kitestring.exchange.ledger import Ledger
 from kitestring.exchange.store import Store, load_state
 from kitestring.tasks.population import DeviceUsers, pool_rows
 from kitestring.tasks.programs import programs, recorded_programs
-from kitestring.tasks.task import Recorded, Task
+from kitestring.tasks.task import Metric, Recorded, Task
 
 _POINTS = 4  # of the curve over rounds
 
@@ -59,6 +59,7 @@ class Bench:
     how: How
     lost: float
     device: str = "cpu"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         users = self.task.users
@@ -75,7 +76,9 @@ class Bench:
         made: dict[int, TorchCompute] = self._computes  # type: ignore[attr-defined]
         if seed not in made:
             first = next(iter(made.values()), None)
-            made[seed] = TorchCompute(self._programs(seed), self.how, first, self.device)
+            made[seed] = TorchCompute(
+                self._programs(seed), self.how, first, self.device, self.precision
+            )
         return made[seed]
 
     def _programs(self, seed: int) -> Any:
@@ -119,7 +122,9 @@ class Score:
         return float(known.mean()) if len(known) else float("nan")
 
 
-def evaluate(bench: Bench, engine: LocalEngine, service: Any, state: Any, split: str) -> Score:
+def evaluate(
+    bench: Bench, engine: LocalEngine, clock: Clock, service: Any, state: Any, split: str
+) -> Score:
     """Evaluation is serving: every device user's held-out requests, labels hidden from the
     device."""
     task = bench.task
@@ -128,18 +133,23 @@ def evaluate(bench: Bench, engine: LocalEngine, service: Any, state: Any, split:
     cost = 0.0
     with booked(engine) as ledger:
         for ids, answers in serve(service, state, engine, split):
-            rows = bench.population.rows(ids, split)  # type: ignore[arg-type]
-            answer: Rows = answers["answer"]
-            for d in range(len(ids)):
-                n = int(rows["y"].n[d])
-                truth = asked(task, rows["y"].values[d, :n])
+            rows = engine.setting.population.rows(ids, split)
+            with clock.part(SCORES):
                 for m in metrics:
-                    value = m.score(answer.values[d, :n], truth) if n else float("nan")
-                    found[m.name].append(float(value))
+                    found[m.name] += _scores(task, m, answers["answer"], rows["y"])
         cost = engine.recorded_cost
         serving = _serving(ledger, engine, bench, cost)
     others = {m.name: found[m.name] for m in task.others}
     return Score(found[task.metric.name], others, serving)
+
+
+def _scores(task: Task | Recorded, metric: Metric, answer: Rows, y: Rows) -> list[float]:
+    """By device; NaN where it has no row."""
+    found = []
+    for d, n in enumerate(y.n):
+        truth = asked(task, y.values[d, :n])
+        found.append(float(metric.score(answer.values[d, :n], truth)) if n else float("nan"))
+    return found
 
 
 def _serving(ledger: Ledger, engine: LocalEngine, bench: Bench, cost: float) -> Serving:
@@ -191,49 +201,56 @@ def work(
     bench: Bench, job: Job, collaboration: Any, progress: Callable[[float], None]
 ) -> dict[str, Any]:
     """Learn (or go on, or find it done), then evaluate on the job's split; plain values."""
-    started = time.perf_counter()
-    store = Store(job.path)
+    clock = Clock()
+    with clock.part(STATE):
+        store = Store(job.path)
     try:
         done = store.load(f"result.{job.split}")
         if done is not None:
             return dict(json.loads(done))
-        bench.compute(job.seed).used.clear()
-        engine = _engine(bench, job, store)
-        state = _learn(bench, engine, collaboration, job, progress)
-        result = _measure(bench, engine, collaboration, state, job)
-        result["wall_s"] = time.perf_counter() - started
+        with clock.part(MODELS):
+            bench.compute(job.seed).used.clear()
+            engine = _engine(bench, clock, job, store)
+        state = _learn(bench, engine, clock, collaboration, job, progress)
+        result = _measure(bench, engine, clock, collaboration, state, job)
+        result["spent"] = clock.spent()
+        result["wall_s"] = sum(result["spent"].values())
         store.save(f"result.{job.split}", json.dumps(result).encode())
         store.commit()
         return result
+    except NoReplies as nobody:
+        return {"failed": str(nobody), "spent": clock.spent()}
     finally:
         store.close()
 
 
-def _engine(bench: Bench, job: Job, store: Store) -> LocalEngine:
-    compute = bench.compute(job.seed)
+def _engine(bench: Bench, clock: Clock, job: Job, store: Store) -> LocalEngine:
+    compute = clock.compute(bench.compute(job.seed))
     starts = dict(job.starts)
 
     def pretrained(program: str) -> Tree:
         if program not in starts:
             return compute.initial(program)
-        found = Store(starts[program])
-        try:
-            state = load_state(found, State)
-        finally:
-            found.close()
+        with clock.part(STATE):
+            found = Store(starts[program])
+            try:
+                state = load_state(found, State)
+            finally:
+                found.close()
         if state is None:
             raise TaskError(f"no pool-trained {program} in {starts[program]}")
         return state.large if program == "large" else state.weights
 
-    setting = Setting(bench.population, bench.profile, bench.chunk(), bench.lost, bench.pool)  # type: ignore[arg-type]
-    engine = LocalEngine(setting, compute, store, pretrained=pretrained)
+    population: Any = clock.population(bench.population)
+    setting = Setting(population, bench.profile, bench.chunk(), bench.lost, bench.pool)
+    engine = LocalEngine(setting, compute, clock.store(store), pretrained=pretrained)
     if isinstance(bench.task, Recorded):
         engine.costs = bench.task.cost
     return engine
 
 
 def _learn(
-    bench: Bench, engine: LocalEngine, collaboration: Any, job: Job,
+    bench: Bench, engine: LocalEngine, clock: Clock, collaboration: Any, job: Job,
     progress: Callable[[float], None],
 ) -> Any:  # fmt: skip
     """Run to the end; every quarter of the way, the metric on validation rows joins the curve."""
@@ -246,7 +263,7 @@ def _learn(
         point = str(100 * at // total)
         due = at * _POINTS // total != (at - 1) * _POINTS // total
         if due and at <= total and point not in curve:
-            score = evaluate(bench, engine, collaboration.serve(), state, "validation")
+            score = evaluate(bench, engine, clock, collaboration.serve(), state, "validation")
             known = np.array(score.scores)[~np.isnan(score.scores)]
             low = 0.1 if bench.task.metric.higher_is_better else 0.9
             curve[point] = [score.mean(), float(np.quantile(known, low)) if len(known) else np.nan]
@@ -256,12 +273,12 @@ def _learn(
 
 
 def _measure(
-    bench: Bench, engine: LocalEngine, collaboration: Any, state: Any, job: Job
+    bench: Bench, engine: LocalEngine, clock: Clock, collaboration: Any, state: Any, job: Job
 ) -> dict[str, Any]:
-    score = evaluate(bench, engine, collaboration.serve(), state, job.split)
+    score = evaluate(bench, engine, clock, collaboration.serve(), state, job.split)
     curve = json.loads(engine.store.load("curve") or b"{}")
     large = getattr(collaboration, "large", None)
-    after = evaluate(bench, engine, large(), state, job.split).mean() if large else None
+    after = evaluate(bench, engine, clock, large(), state, job.split).mean() if large else None
     return {
         "score": score.mean(),
         "scores": score.scores,

@@ -10,7 +10,8 @@ import numpy as np
 from kitestring.collaborate.about import NEEDS, About, Budget
 from kitestring.comparison.jobs import Bench
 from kitestring.comparison.methods import shown
-from kitestring.devices.fit.compute import How, usable
+from kitestring.devices.fit.compute import How, known, usable
+from kitestring.devices.fit.programs import Precision
 from kitestring.devices.profiles import profile
 from kitestring.errors import SettingError
 from kitestring.tasks.find import find, first_users
@@ -34,6 +35,7 @@ class Order:
     profile: str = "phone"
     compute: How = "auto"
     device: str = "cpu"
+    precision: Precision = "float32"
     lost: float = 0.0
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class Order:
         shown(self.only)
         profile(self.profile)
         usable(self.device)
+        known(self.precision)
 
     def load(self) -> Task | Recorded:
         if self.csv is not None:

@@ -90,6 +90,24 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Seconds that one job took since it was last started, by the parts of `clock.Clock`."""
+
+    title: str  # of the collaboration; not every one has a row
+    trial: bool  # or else a seed
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a comparison's jobs took, each on one thread."""
+
+    jobs: list[Spent]
+    workers: int  # that shared the jobs
+    wall_s: float | None  # from the start to the last job's end; None if the run was resumed
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that a comparison of one task found."""
 
@@ -111,6 +129,7 @@ class Comparison:
     machine: str
     rows: list[Row]
     notes: list[str] = field(default_factory=list)  # what a reader must know (made-up users, ...)
+    times: Times | None = None  # None: of a run that did not keep them
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -131,7 +150,8 @@ def serving_from(value: Mapping[str, Any]) -> Serving:
 
 
 def from_json(value: Mapping[str, Any]) -> Comparison:
-    """The inverse of `to_json`; unknown or missing fields raise TypeError or KeyError."""
+    """The inverse of `to_json`; unknown fields, and missing ones that have no default, raise
+    TypeError or KeyError."""
 
     def seed(v: Mapping[str, Any]) -> SeedResult:
         own = {f.name: v[f.name] for f in fields(SeedResult)}
@@ -141,5 +161,7 @@ def from_json(value: Mapping[str, Any]) -> Comparison:
         return SeedResult(**own)
 
     rows = [Row(**{**row, "seeds": [seed(s) for s in row["seeds"]]}) for row in value["rows"]]
-    spread = tuple(value["rows_per_device"])
-    return Comparison(**{**value, "rows": rows, "rows_per_device": spread})
+    spread, times = tuple(value["rows_per_device"]), value.get("times")
+    if times is not None:
+        times = Times(**{**times, "jobs": [Spent(**job) for job in times["jobs"]]})
+    return Comparison(**{**value, "rows": rows, "rows_per_device": spread, "times": times})

@@ -19,7 +19,7 @@ from kitestring.comparison.methods import METHODS
 from kitestring.comparison.order import Order
 from kitestring.devices.fit.compute import thread_per_process
 from kitestring.devices.profiles import profile
-from kitestring.errors import KitestringError, NoReplies, RunError, TaskError
+from kitestring.errors import KitestringError, RunError, TaskError
 
 
 class Listener(Protocol):
@@ -89,7 +89,8 @@ def _prepare(order: Order, heard: Any, parent: int, shared: Any) -> None:
     global _bench, _budget, _heard
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     thread_per_process()
-    _bench = Bench(order.load(), profile(order.profile), order.compute, order.lost, order.device)
+    task, hardware, how = order.load(), profile(order.profile), order.compute
+    _bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
     _budget, _heard = shared, heard
 
 
@@ -112,8 +113,6 @@ def _do(job: Job) -> dict[str, Any]:
 
     try:
         return work(_bench, job, collaboration, progress)
-    except NoReplies as nobody:
-        return {"failed": str(nobody)}
     except KitestringError:
         raise
     except Exception as problem:

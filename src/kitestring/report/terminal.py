@@ -33,19 +33,21 @@ def table(comparison: Comparison, verdict: Verdict, prices: Prices) -> Renderabl
         _left(rows, verdict),
         Text(LEGEND, style="dim"),
     ]
-    parts += [_line(line) for line in [*footnotes(comparison, scores), *comparison.notes]]
+    parts += [indented(line) for line in [*footnotes(comparison, scores), *comparison.notes]]
     parts.append(Text(""))
     parts.append(Text(verdict.headline, style="bold"))
     for heading, said in (("Why", verdict.reasons), ("What would change it", verdict.changes)):
         if said:
             parts.append(Text(f"{heading}:", style="bold"))
-            parts += [_line(sentence) for sentence in said]
+            parts += [indented(sentence) for sentence in said]
     return Group(*parts)
 
 
 def explained(comparison: Comparison) -> RenderableType:
     """How each collaboration's programs were computed, and why not otherwise."""
-    out = _new("How it was computed", ["program by program, where not all are compiled"], "left")
+    out = new_table(
+        "How it was computed", ["program by program, where not all are compiled"], "left"
+    )
     for row in comparison.rows:
         for number, how in enumerate(dict.fromkeys(seed.computed for seed in row.seeds)):
             out.add_row(Text("" if number else row.title), Text(how))
@@ -86,7 +88,7 @@ def _quality(
     seeds = max((q.seeds for q in scores.values()), default=0)
     better = "higher" if comparison.higher_is_better else "lower"
     unit = f", {comparison.unit}" if comparison.unit not in ("", "%") else ""
-    out = _new(
+    out = new_table(
         f"{comparison.metric} per user ({better} is better{unit}; {comparison.device_users} device "
         f"users, {seeds} {'seed' if seeds == 1 else 'seeds'})",
         ["mean ± seeds", "p10", "worst 10%", "better off", "latency p50~", "p95~"],
@@ -108,7 +110,7 @@ def _quality(
 
 
 def _cost(rows: list[Row], days: dict[str, Daily], verdict: Verdict, prices: Prices) -> Table:
-    out = _new(
+    out = new_table(
         f"Cost per device and day ({units.number(prices.requests_per_day)} requests a day, "
         f"learning every {units.number(prices.learn_every_days)} days)",
         ["up", "down", "energy~", "cloud calls /1000", "cloud ops /1000", "$/month, 1000 devices"],
@@ -129,7 +131,7 @@ def _cost(rows: list[Row], days: dict[str, Daily], verdict: Verdict, prices: Pri
 
 
 def _left(rows: list[Row], verdict: Verdict) -> Table:
-    out = _new("What left the device", ["learning, once", "1000 requests"], justify="left")
+    out = new_table("What left the device", ["learning, once", "1000 requests"], justify="left")
     for row in rows:
         learnt = mean_traffic([seed.learning.up for seed in row.seeds])
         served = mean_traffic([seed.serving.up for seed in row.seeds])
@@ -138,7 +140,8 @@ def _left(rows: list[Row], verdict: Verdict) -> Table:
     return out
 
 
-def _new(title: str, columns: list[str], justify: str = "right") -> Table:
+def new_table(title: str, columns: list[str], justify: str = "right") -> Table:
+    """A plain table of these columns, after one without a heading."""
     out = Table(
         title=title,
         title_justify="left",
@@ -166,5 +169,6 @@ def _style(row: Row, verdict: Verdict) -> str:
     return "dim" if row.name in verdict.excluded else ""
 
 
-def _line(text: str) -> RenderableType:
+def indented(text: str) -> RenderableType:
+    """A line below a table."""
     return Padding(Text(text), (0, 0, 0, 2))

@@ -17,6 +17,7 @@ from kitestring.core import Array, Recipe, Rows, Tree
 from kitestring.devices.fit import sequential
 from kitestring.devices.fit.programs import Program
 from kitestring.devices.fit.schedule import schedule
+from kitestring.devices.fit.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from kitestring.devices.fit.compiled.run import Code
@@ -25,13 +26,13 @@ BLOCK, _FEW = 32, 8  # rows evaluated at a time: few where there are no more tha
 _OTHER = "compiled code gives other numbers"
 
 
-def native() -> Code | None:
+def native(watch: Stopwatch) -> Code | None:
     """A place for compiled code; None without llvmlite."""
     if find_spec("llvmlite") is None:
         return None
     from kitestring.devices.fit.compiled.run import Code
 
-    return Code()
+    return Code(watch)
 
 
 def batch(n: Array, most: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit import check_native, sequential, vmapped
 from kitestring.devices.fit.check_native import native, shared
 from kitestring.devices.fit.compiled.views import Refused
-from kitestring.devices.fit.programs import CPU, Program
+from kitestring.devices.fit.programs import CPU, Precision, Program
 from kitestring.devices.fit.recipes import check
 from kitestring.devices.fit.schedule import schedule
+from kitestring.devices.fit.stopwatch import Stopwatch
 from kitestring.errors import SettingError, unknown
 
 How = Literal["auto", "compiled", "sequential", "vmap"]
@@ -30,7 +31,10 @@ T = TypeVar("T")
 class TorchCompute:
     """`how`: "auto" takes compiled code where there is some, then vmap where a module can be
     mapped and that is faster, then one device after the other. "compiled" does without vmap.
-    `device`: the torch device to compute on, as in "cuda"; what goes in and out are arrays."""
+    `device`: the torch device to compute on, as in "cuda"; what goes in and out are arrays.
+    `precision`: "bfloat16" rounds what goes into products in `fit` and `backward`, one device after
+    the other; weights, their gradients and the optimiser's memory stay float32. `predict` is
+    float32 in any case: training is what costs, and a score is then of the weights alone."""
 
     concurrent = True  # several threads may call at once: modules and memory are each one's own
 
@@ -40,22 +44,26 @@ class TorchCompute:
         how: How = "auto",
         like: TorchCompute | None = None,
         device: str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         """`like`: of the same programs with other initial weights; what it has compiled and
         tried serves here too."""
-        self.how, self.device = how, usable(device)
+        self.how, self.device, self.precision = how, usable(device), known(precision)
         self.used: dict[tuple[str, str], str] = {}  # (program, verb) -> how; callers may clear it
+        self.preparing = Stopwatch()  # while code is made, and ways are tried
         self._initial = {name: p.initial() for name, p in programs.items()}
         compiles = how in ("auto", "compiled") and self.device == CPU
-        self._code = native() if compiles else None
+        self._code = native(self.preparing) if compiles else None
         self._maps_it: dict[tuple[str, bool], str] = {}
         self._tried: dict[tuple[str, str, int], str] = {}
-        self.programs = {name: p.on(self.device) for name, p in programs.items()}
-        if like is not None and (like.how, like.device) == (how, self.device):
+        self.programs = {name: p.on(self.device, precision) for name, p in programs.items()}
+        mine = (how, self.device, precision)
+        if like is not None and (like.how, like.device, like.precision) == mine:
             shared = programs.keys() & like.programs.keys()
             if all(programs[name].resembles(like.programs[name]) for name in shared):
                 self.programs |= {name: like.programs[name] for name in shared}
                 self._code, self._maps_it, self._tried = like._code, like._maps_it, like._tried
+                self.preparing = like.preparing
 
     def program(self, name: str) -> Program:
         if name not in self.programs:
@@ -91,6 +99,8 @@ class TorchCompute:
         """What compiled code gives; None where there is none. On its first use for batches of
         that many rows it is compared with one device after the other."""
         why = ""
+        if self._rounds(verb):
+            return None
         if self.how in ("auto", "compiled"):
             cpu = self.device == CPU
             why = "llvmlite is not installed" if cpu else "compiled code is for the CPU"
@@ -98,7 +108,8 @@ class TorchCompute:
             key = (p.name, verb, rows)
             try:
                 if key not in self._tried:
-                    self._tried[key] = agrees()
+                    with self.preparing:
+                        self._tried[key] = agrees()
                 why = self._tried[key]
                 if not why:
                     found = run()
@@ -109,14 +120,21 @@ class TorchCompute:
         self.used[p.name, verb] = why
         return None
 
+    def _rounds(self, verb: str) -> bool:
+        return self.precision == "bfloat16" and verb != "predict"
+
     def _way(
         self, p: Program, verb: str, weights: Tree, rows: Mapping[str, Rows], trains: bool = False
     ) -> ModuleType:
         """vmap or sequential, for what is not compiled."""
+        if self._rounds(verb):  # torch cannot map all of it: the slope of a LayerNorm, for one
+            self._say(p, verb, "sequential", "bfloat16 products")
+            return sequential
         not_compiled, one = self.used[p.name, verb], len(next(iter(rows.values())).n) == 1
         key = (p.name, trains)
         if not one and key not in self._maps_it:
-            self._maps_it[key] = self._why_not(p, weights, rows, trains)
+            with self.preparing:
+                self._maps_it[key] = self._why_not(p, weights, rows, trains)
         why = "one model" if one else self._maps_it[key]
         told = "" if why == "one model" else why
         self._say(p, verb, "sequential" if why else "vmap", not_compiled, told)
@@ -324,6 +342,12 @@ def _probe(program: Program, weights: Tree, rows: Mapping[str, Rows], trains: bo
     if not all(np.allclose(a[k], b[k], rtol=1e-3, atol=1e-5, equal_nan=True) for k in a):
         return "vmap gives other numbers"
     return ""
+
+
+def known(precision: Precision) -> Precision:
+    if precision not in get_args(Precision):
+        raise unknown("precision", precision, get_args(Precision))
+    return precision
 
 
 def usable(name: str) -> torch.device:

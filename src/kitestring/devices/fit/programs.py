@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from kitestring.core import Array, Rows, Tree
 from kitestring.errors import TaskError
 
 Batch = Mapping[str, Tensor]
+Precision = Literal["float32", "bfloat16"]
 CPU = torch.device("cpu")
 
 
@@ -27,23 +28,26 @@ class Program:
     """`module` maps columns [n, ...] to named outputs [n, ...]; `loss` maps those to [n].
 
     `after(outputs, columns)` reworks what is predicted: a confidence, the last position, a loss.
-    Copies of the module compute on the torch `device`; the module itself stays where it is."""
+    Copies of the module compute on the torch `device`; the module itself stays where it is.
+    `precision` is that of its products in training."""
 
     name: str
     module: nn.Module
     loss: Callable[[Batch, Batch], Tensor] | None = None
     after: Callable[[Batch, Batch], dict[str, Tensor]] | None = None
     device: torch.device = CPU
+    precision: Precision = "float32"
     _flops: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
     _draws: list[bool] = field(default_factory=list, compare=False, repr=False)
     _own: threading.local = field(default_factory=threading.local, compare=False, repr=False)
 
-    def on(self, device: torch.device) -> Program:
-        """The same program on that device."""
-        if device == self.device:
+    def on(self, device: torch.device, precision: Precision) -> Program:
+        """The same program on that device, trained with such products."""
+        if (device, precision) == (self.device, self.precision):
             return self
         # Nothing noted here is shared: it may be of the other device.
-        return replace(self, device=device, _flops={}, _draws=[], _own=threading.local())
+        fresh: dict[str, Any] = {"_flops": {}, "_draws": [], "_own": threading.local()}
+        return replace(self, device=device, precision=precision, **fresh)
 
     def put(self, array: Array) -> Tensor:
         """On the device; the array's own memory where that is the CPU, if it can be."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
-from kitestring.devices.fit.programs import Program, array
+from kitestring.devices.fit.programs import Batch, Program, array
 from kitestring.devices.fit.schedule import Schedule
 
 _DICE = threading.Lock()  # torch has one generator for all threads: who draws from it is alone
@@ -158,13 +158,22 @@ def _norms(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
+def _outputs(program: Program, module: nn.Module, batch: Mapping[str, Tensor]) -> Batch:
+    """Always wide: in bfloat16 a loss, sums of logarithms, would lose more than products do."""
+    if program.precision == "float32":
+        return module(batch)  # type: ignore[no-any-return]
+    with torch.autocast(program.device.type, torch.bfloat16):
+        found = module(batch)
+    return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in found.items()}
+
+
 def _loss(
     program: Program, module: nn.Module, norms: Sequence[nn.Module], batch: Mapping[str, Tensor]
 ) -> Tensor:
     assert program.loss is not None
     for norm in norms:  # one row has no statistics: it takes those that there are
         norm.train(len(next(iter(batch.values()))) > 1)
-    return program.loss(module(batch), batch).mean()
+    return program.loss(_outputs(program, module, batch), batch).mean()
 
 
 def _draws(program: Program, rows: Mapping[str, Rows], plan: Schedule, recipe: Recipe) -> bool:
@@ -241,7 +250,7 @@ def backward(
         batch = {k: program.put(v[d]) for k, v in columns.items()}
         wanted = {k: v.requires_grad_() for k, v in batch.items() if v.is_floating_point()}
         named = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        out = module({**batch, **wanted})
+        out = _outputs(program, module, {**batch, **wanted})
         if cotangent is not None:
             total = sum((out[k] * program.put(c[d])).sum() for k, c in cotangent.items())
         else:

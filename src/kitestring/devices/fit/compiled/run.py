@@ -17,6 +17,7 @@ from kitestring.devices.fit.compiled.layout import Kind
 from kitestring.devices.fit.compiled.tensors import Columns
 from kitestring.devices.fit.compiled.views import SIZES, Buffer, Refused
 from kitestring.devices.fit.programs import Program
+from kitestring.devices.fit.stopwatch import Stopwatch
 from kitestring.errors import TaskError
 
 T = TypeVar("T")
@@ -25,9 +26,10 @@ _NUMPY = {short: np.dtype(long) for long, short in _DTYPES.items()}
 
 
 class Code:
-    """What has been compiled of some programs, or why it was refused."""
+    """What has been compiled of some programs, or why it was refused. `watch` sees how long."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
         self._made: dict[Any, Any] = {}
         self._lock = threading.RLock()
 
@@ -35,7 +37,7 @@ class Code:
         with self._lock:
             if key not in self._made:
                 try:
-                    with uncollected():
+                    with self._watch, uncollected():
                         self._made[key] = make()
                 except Refused as why:
                     self._made[key] = why
