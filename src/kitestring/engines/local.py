@@ -29,6 +29,8 @@ from kitestring.exchange.store import Store, Table, load_state, save_state
 
 _PATIENCE = 5  # void rounds in a row before giving up
 _CACHE = 2 * 2**20  # bytes of parameters in a chunk: what one core's second-level cache holds
+_ROOM = 64 * 2**20  # bytes of parameters in a chunk of devices that have little to compute
+_WORK = 5e8  # operations beside which what Python does for a chunk is little: some milliseconds
 _FEWEST, _MOST = 64, 512  # devices in a chunk: where there are no parameters, and ever
 
 
@@ -36,8 +38,9 @@ _FEWEST, _MOST = 64, 512  # devices in a chunk: where there are no parameters, a
 class Setting:
     """What an engine needs beside the collaboration.
 
-    `chunk` devices are computed at a time; None chooses: as many as have 2 MiB of parameters, and
-    no fewer chunks than workers. `workers` threads compute chunks, where the hands let them: those
+    `chunk` devices are computed at a time; None chooses: as many as have 2 MiB of parameters or,
+    by the replies so far, some milliseconds of work, in chunks of one size and as many for each
+    worker. `workers` threads compute chunks, where the hands let them: those
     in another process take one at a time. Results do not depend on how many there are; on the
     chunk, sums over devices do, in the last digits of a float64."""
 
@@ -208,7 +211,13 @@ class LocalEngine:
         if self.setting.chunk is not None:
             return self.setting.chunk
         each = sum(np.asarray(a).nbytes for a in parameters.values())
-        return max(1, min(_CACHE // each if each else _FEWEST, _MOST, -(-count // workers)))
+        most = _CACHE // each if each else _FEWEST
+        replies = self.ledger.amounts[self.purpose, "replies"]
+        if replies:
+            work = self.ledger.amounts[self.purpose, "flops"] / replies
+            most = max(most, int(min(_WORK / max(1.0, work), _ROOM / max(1, each))))
+        turns = -(-count // max(1, min(most, _MOST)))
+        return max(1, -(-count // (-(-turns // workers) * workers)))
 
     def _answer(self, ask: Ask, ids: Array, down: Message, received: Any) -> _Answered:
         serial, count = self.cloud.serial, len(ids)
@@ -227,7 +236,8 @@ class LocalEngine:
         sent = self.ledger.enter(self.purpose, "up", a.sent, len(a.ids))
         self.hands.settle(a.ids, self.cloud.serial, a.good, a.after)
         there = int(np.count_nonzero(a.there))
-        self.ledger.add(self.purpose, lost=len(a.ids) - there, refused=there - good)
+        asked = len(a.ids)
+        self.ledger.add(self.purpose, replies=asked, lost=asked - there, refused=there - good)
         return self._spend(a.flops, sent, a.received)
 
     def _spend(self, flops: Array, sent: Any, received: Any) -> float:

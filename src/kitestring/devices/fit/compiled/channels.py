@@ -21,7 +21,6 @@ from kitestring.devices.fit.compiled.planes import Shape
 from kitestring.devices.fit.compiled.product import COLUMNS, REGISTERS, runs, vectors
 from kitestring.devices.fit.compiled.views import Buffer, View, constant
 
-
 _CACHED = 2**16  # floats of images that are read again and again
 
 

@@ -77,7 +77,9 @@ class Dice:
             _store(e, x, words, i, 1)
         e.store(i64(_PAIRS), used, "i64", i64(0))
 
-    def draw(self, e: Emitter, memory: Any, view: View, chance: float, real: Any, twist: Any) -> None:
+    def draw(
+        self, e: Emitter, memory: Any, view: View, chance: float, real: Any, twist: Any
+    ) -> None:
         """1 with that chance, else 0, for the first `real` rows; `twist()` calls that kernel."""
         b = e.b
         assert view.buffer is not None
@@ -87,10 +89,10 @@ class Dice:
         count = b.mul(real, i64(prod(view.shape[1:])))
         below = i64(ceil(chance * 2**53))
         done = e.variable(I64, i64(0))
-        with e.loop(b.add(b.sdiv(count, i64(_PAIRS)), i64(2))):  # turns, the last ones may be empty
-            with b.if_then(b.icmp_signed("==", e.load(used, "i64", i64(0)), i64(_PAIRS))):
-                with b.if_then(b.icmp_signed("<", b.load(done), count)):
-                    twist()
+        with e.loop(b.add(b.sdiv(count, i64(_PAIRS)), i64(2))):  # the last turns may be empty
+            empty = b.icmp_signed("==", e.load(used, "i64", i64(0)), i64(_PAIRS))
+            with b.if_then(b.and_(empty, b.icmp_signed("<", b.load(done), count))):
+                twist()
             first, start = e.load(used, "i64", i64(0)), b.load(done)
             there, left = b.sub(i64(_PAIRS), first), b.sub(count, start)
             run = b.select(b.icmp_signed("<", there, left), there, left)

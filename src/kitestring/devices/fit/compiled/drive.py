@@ -10,12 +10,13 @@ from llvmlite import ir
 
 from kitestring.devices.fit.compiled.build import Builder
 from kitestring.devices.fit.compiled.draws import Dice
-from kitestring.devices.fit.compiled.emit import BYTES, F32, I64, Emitter, i64
+from kitestring.devices.fit.compiled.emit import BYTES, F32, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Table
 from kitestring.devices.fit.compiled.layout import Layout
 from kitestring.devices.fit.compiled.order import shuffled
 from kitestring.devices.fit.compiled.update import update
 from kitestring.devices.fit.compiled.views import SIZES, Buffer, View
+
 
 def drive(
     builder: Builder, step: Any, layout: Layout, draws: Sequence[tuple[View, float]], dice: Dice

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -26,10 +25,10 @@ from kitestring.devices.fit.compiled.views import (
     Expr,
     Value,
     View,
-    changed,
     constant,
     leaves,
     plain,
+    substituted,
     tried,
 )
 
@@ -69,10 +68,6 @@ class Tiled:
     parts: Sequence[tuple[Callable[[View], View], Value]]
 
 
-def _replaced(whole: View, part: Value, cut: Callable[[View], View], view: View) -> Value:
-    return part if view == whole else cut(view)
-
-
 Lowered = Value | Product | RowsAdded
 
 
@@ -104,8 +99,8 @@ class Lowering:
             tiled = self.tiled.get(view.buffer) if view.buffer else None
             if tiled is not None and tiled.whole == view:
                 for cut, part in tiled.parts:
-                    change = partial(_replaced, view, part, cut)
-                    self.put(pointwise(cut(out), changed(value, change)))
+                    found = substituted(value, view, part, cut)
+                    self.put(pointwise(cut(out), found))
                 return
         self.put(pointwise(out, value))
 

@@ -101,9 +101,10 @@ class Code:
     def predict(
         self, program: Program, weights: Tree, rows: Mapping[str, Rows], block: int
     ) -> dict[str, Array]:
-        """Outputs [D, L, ...], zero where there is no row; `block` rows at a time. Raises `Refused`.
+        """Outputs [D, L, ...], zero where there is no row. Raises `Refused`.
 
-        Where all devices have the same weights their rows are those of one."""
+        `block` rows at a time; where all devices have the same weights their rows are those of
+        one."""
         n = np.asarray(next(iter(rows.values())).n)
         if len(n) == 1 or not n.any() or not shared(weights):
             return self._evaluate(program, weights, rows, block, False, ())[0]
@@ -126,9 +127,7 @@ class Code:
             every["share"] = row_weights
         else:
             every.update({f"by:{k}": r for k, r in cotangent.items()})
-        found, sums = self._evaluate(
-            program, weights, every, block, True, tuple(cotangent or ())
-        )
+        found, sums = self._evaluate(program, weights, every, block, True, tuple(cotangent or ()))
         d_weights = {k[2:]: v for k, v in sums.items() if k.startswith("w:")}
         return sums["loss"], d_weights, {k[2:]: v for k, v in found.items()}
 

@@ -99,7 +99,7 @@ class Expr:
     dtype: str
     shape: tuple[int, ...]
 
-    def over(self, change: Callable[[View], View | None]) -> Expr | None:
+    def over(self, change: Callable[[View], Value | None]) -> Expr | None:
         """The same expression over changed views; None where one cannot be changed."""
         args = []
         shape = self.shape
@@ -179,13 +179,20 @@ def constant(value: float | int | bool, dtype: str, shape: Sequence[int] = ()) -
     return Expr("const", (value,), dtype, tuple(shape))
 
 
-def tried(value: Value, change: Callable[[View], View | None]) -> Value | None:
+def tried(value: Value, change: Callable[[View], Value | None]) -> Value | None:
     """The value over changed views; None where a view cannot be changed so."""
     return change(value) if isinstance(value, View) else value.over(change)
 
 
 def changed(value: Value, change: Callable[[View], View]) -> Value:
     found = tried(value, change)
+    assert found is not None
+    return found
+
+
+def substituted(value: Value, old: View, new: Value, change: Callable[[View], View]) -> Value:
+    """The value over changed views, with `new` in place of `old`."""
+    found = tried(value, lambda view: new if view == old else change(view))
     assert found is not None
     return found
 
