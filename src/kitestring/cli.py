@@ -134,6 +134,9 @@ def _quoted(word: str) -> str:
 
 def _compare(given: argparse.Namespace, command: str) -> None:
     _need_extra()
+    from kitestring.comparison import forks
+
+    forks.begin()
     from kitestring.comparison.compare import compare
     from kitestring.comparison.order import Order
     from kitestring.report.decide import parse_limits

@@ -23,7 +23,7 @@ from kitestring.comparison.jobs import Bench
 from kitestring.comparison.methods import METHODS, POOL_TRAINED, Method, shown
 from kitestring.comparison.order import Order, budget, missing
 from kitestring.comparison.results import Comparison, Times, from_json, to_json
-from kitestring.comparison.workers import Listener, work_off
+from kitestring.comparison.workers import Listener, Workers
 from kitestring.devices.profiles import profile
 from kitestring.errors import RunError
 from kitestring.tasks.task import Recorded, Task
@@ -39,23 +39,24 @@ def compare(
     started, workers = time.perf_counter(), workers or cores()
     task = order.load()
     notes = validate(task)
-    hardware, how = profile(order.profile), order.compute
-    bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
-    programs = bench.compute(0).programs
-    fits(task, programs, bench.profile)
-    names = set(programs)
-    chosen = [m for m in shown(order.only) if missing(task, names, m.about) is None]
-    with _claimed(folder, order, resume, fresh):
-        board = Board(
-            _with_sources(chosen, task, names), folder / "jobs", order.seeds, order.trials,
-            (lambda a, b: a > b) if task.metric.higher_is_better else (lambda a, b: a < b),
-        )  # fmt: skip
-        shared = budget(bench, order.trials)
-        work_off(board, order, shared, workers, heard)
-        wall_s = None if resume else time.perf_counter() - started
-        result = assemble(order, bench, shared, board, names, notes)
-        result = replace(result, times=Times(spent(board), workers, wall_s))
-        write_whole(folder / "comparison.json", json.dumps(to_json(result)))
+    with Workers(order, workers) as hands:
+        hardware, how = profile(order.profile), order.compute
+        bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
+        programs = bench.compute(0).programs
+        fits(task, programs, bench.profile)
+        names = set(programs)
+        chosen = [m for m in shown(order.only) if missing(task, names, m.about) is None]
+        with _claimed(folder, order, resume, fresh):
+            board = Board(
+                _with_sources(chosen, task, names), folder / "jobs", order.seeds, order.trials,
+                (lambda a, b: a > b) if task.metric.higher_is_better else (lambda a, b: a < b),
+            )  # fmt: skip
+            shared = budget(bench, order.trials)
+            hands.work_off(board, shared, heard)
+            wall_s = None if resume else time.perf_counter() - started
+            result = assemble(order, bench, shared, board, names, notes)
+            result = replace(result, times=Times(spent(board), workers, wall_s))
+            write_whole(folder / "comparison.json", json.dumps(to_json(result)))
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import threading
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 
 from kitestring.collaborate.about import Budget
 from kitestring.comparison.board import Board
+from kitestring.comparison.forks import context
 from kitestring.comparison.jobs import Bench, Job, work
 from kitestring.comparison.methods import METHODS
 from kitestring.comparison.order import Order
@@ -30,42 +30,52 @@ class Listener(Protocol):
         """`share` of a job that is done; below 0: the job is finished."""
 
 
-def work_off(
-    board: Board, order: Order, shared: Budget, workers: int, listener: Listener | None
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    heard: Any = context.Queue()
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=_prepare, initargs=(order, heard, os.getpid(), shared)
-    )
-    running: dict[Future[dict[str, Any]], Job] = {}
-    if listener:
-        listener.total(board.total())
-    try:
-        while True:
-            for job in board.ready():
-                running[pool.submit(_do, job)] = job
-            if not running:
-                return
-            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            _pass_on(heard, listener)
-            for future in finished:
-                job = running.pop(future)
-                board.done(job, future.result())
-                if listener:
-                    listener.said(job.path.stem, job.label, -1.0)
-    except BrokenProcessPool:
-        raise RunError(
-            "a worker process died, perhaps for want of memory", str(board.folder.parent),
-            "Go on with --resume, with fewer --workers",
-        ) from None  # fmt: skip
-    finally:
-        for future in running:
-            future.cancel()
-        for process in list((pool._processes or {}).values()):
+class Workers:
+    """Processes that get ready while the comparison is still being prepared."""
+
+    def __init__(self, order: Order, count: int) -> None:
+        started = context()
+        self.heard: Any = started.Queue()
+        self.pool = ProcessPoolExecutor(
+            count, started, initializer=_prepare, initargs=(order, self.heard)
+        )
+        for _ in range(count):
+            self.pool.submit(_ready)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in list((self.pool._processes or {}).values()):
             process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        heard.close()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.heard.close()
+
+    def work_off(self, board: Board, shared: Budget, listener: Listener | None) -> None:
+        running: dict[Future[dict[str, Any]], Job] = {}
+        if listener:
+            listener.total(board.total())
+        try:
+            while True:
+                for job in board.ready():
+                    running[self.pool.submit(_do, job, shared)] = job
+                if not running:
+                    return
+                finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                _pass_on(self.heard, listener)
+                for future in finished:
+                    job = running.pop(future)
+                    board.done(job, future.result())
+                    if listener:
+                        listener.said(job.path.stem, job.label, -1.0)
+        except BrokenProcessPool:
+            raise RunError(
+                "a worker process died, perhaps for want of memory", str(board.folder.parent),
+                "Go on with --resume, with fewer --workers",
+            ) from None  # fmt: skip
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def _pass_on(heard: Any, listener: Listener | None) -> None:
@@ -81,28 +91,32 @@ def _pass_on(heard: Any, listener: Listener | None) -> None:
 # In a worker
 
 _bench: Bench
-_budget: Budget
 _heard: Any
 
 
-def _prepare(order: Order, heard: Any, parent: int, shared: Any) -> None:
-    global _bench, _budget, _heard
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+def _ready() -> None:
+    """Nothing to do yet: asked so that a worker is started."""
+
+
+def _prepare(order: Order, heard: Any) -> None:
+    global _bench, _heard
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     thread_per_process()
     task, hardware, how = order.load(), profile(order.profile), order.compute
     _bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
-    _budget, _heard = shared, heard
+    _heard = heard
 
 
 def _leave_with(parent: int) -> None:
-    """A worker whose parent was killed must not go on alone."""
+    """A worker whose parent was killed must not go on alone; a server of forks leaves with its
+    own."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _do(job: Job) -> dict[str, Any]:
-    collaboration = METHODS[job.method].trials(_budget)[job.trial]
+def _do(job: Job, shared: Budget) -> dict[str, Any]:
+    collaboration = METHODS[job.method].trials(shared)[job.trial]
     last = 0.0
 
     def progress(done: float) -> None:
