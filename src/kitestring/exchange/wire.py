@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,13 +34,18 @@ def _one(leaf: Any, d: int) -> Any:
     return leaf[d]
 
 
+@lru_cache(4096)
+def _head(kind: int, name: str, dtype: Any, shape: tuple[int, ...]) -> bytes:
+    label, number = name.encode(), _CODES[dtype.newbyteorder("=")]
+    head = struct.pack("<BBBB", kind, number, len(shape), len(label))
+    return head + label + struct.pack(f"<{len(shape)}I", *shape)
+
+
 def _record(kind: int, name: str, array: Any) -> tuple[bytes, Any]:
     """Head and body, which `pack` copies once."""
-    array, label = np.asarray(array), name.encode()
-    head = struct.pack("<BBBB", kind, _CODES[array.dtype.newbyteorder("=")], array.ndim, len(label))
-    sizes = struct.pack(f"<{array.ndim}I", *array.shape)
+    array = np.asarray(array)
     body = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return head + label + sizes, body.reshape(-1).view(np.uint8)
+    return _head(kind, name, array.dtype, array.shape), body
 
 
 def pack(message: Message, d: int) -> bytes:

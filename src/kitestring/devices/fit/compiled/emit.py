@@ -216,6 +216,10 @@ class Emitter:
 
     def across(self, op: str, vector: Any, width: int) -> Any:
         """One number of all lanes: "sum", "amax", "amin" or "prod"."""
+        if op == "sum" and width > 1 and vector.type.element == F32:
+            kind = ir.FunctionType(F32, [F32, vector.type])
+            f = self._intrinsic(f"llvm.vector.reduce.fadd.v{width}f32", kind)
+            return self.b.call(f, [f32(-0.0), vector], fastmath=("reassoc", "nsz"))
         while width > 1:
             half = width // 2
             low = self._part(vector, 0, half)
@@ -295,10 +299,11 @@ class Emitter:
         """An LLVM intrinsic of one float."""
         kind = self.kind("f32", width)
         suffix = "f32" if width == 1 else f"v{width}f32"
-        full = f"llvm.{name}.{suffix}"
-        known = self.module.globals.get(full)
-        f = known or ir.Function(self.module, ir.FunctionType(kind, [kind]), full)
+        f = self._intrinsic(f"llvm.{name}.{suffix}", ir.FunctionType(kind, [kind]))
         return self.b.call(f, [x])
+
+    def _intrinsic(self, name: str, kind: Any) -> Any:
+        return self.module.globals.get(name) or ir.Function(self.module, kind, name)
 
     def numbers(self, width: int) -> Callable[[float], Any]:
         return lambda value: self.number(value, "f32", width)

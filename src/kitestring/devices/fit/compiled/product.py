@@ -72,8 +72,11 @@ def product(
 
 
 def runs(e: Emitter, n: int, most: int, body: Callable[[Any, int], None]) -> None:
-    """Runs of equal length, as few as `most` allows, and one of what is left."""
-    length = -(-n // -(-n // most))
+    """Runs of equal length, about as few as `most` allows, and one of what is left: code of its
+    own, so a few more runs are better where nothing is."""
+    least = -(-n // most)
+    even = (count for count in range(least, least + least // 3 + 1) if n % count == 0)
+    length = -(-n // next(even, least))
     whole = n - n % length
     if whole:
         with e.loop(whole, step=length) as i:

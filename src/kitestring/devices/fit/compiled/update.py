@@ -65,7 +65,7 @@ def update(e: Emitter, memory: Any, layout: Layout, powers: list[Any]) -> None:
         left = [b.fsub(ir.Constant(double, 1.0), b.load(p)) for p in powers]
         size_ = b.fptrunc(b.fdiv(b.fpext(settings["less"], double), left[0]), F32)
         known = b.fptrunc(left[1], F32)
-        root = e.call("sqrt", known, 1)
+        less_root = b.fdiv(e.number(1.0, "f32", 1), e.call("sqrt", known, 1))
 
     def step(i: Any, w: int) -> None:
         g, p = get(gradient, i, w), get(weights, i, w)
@@ -80,8 +80,7 @@ def update(e: Emitter, memory: Any, layout: Layout, powers: list[Any]) -> None:
             )
             e.store(m, one, "f32", i, w)
             e.store(v, two, "f32", i, w)
-            under = b.fdiv(e.call("sqrt", v, w), e.splat(root, w))
-            under = b.fadd(under, e.number(1e-8, "f32", w))
+            under = e.fma(e.call("sqrt", v, w), e.splat(less_root, w), e.number(1e-8, "f32", w))
             p = b.fadd(p, b.fmul(b.fdiv(m, under), e.splat(size_, w)))
         else:
             if kind.momentum:
