@@ -17,7 +17,6 @@ _IMPORTED = (
     "torch._dynamo",
     "torch.fx.experimental.proxy_tensor",
     "scipy.ndimage",
-    "sklearn.datasets",
 )
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import __version__, binding, ir
 
+from kitestring.devices.fit.compiled import shelf
 from kitestring.devices.fit.compiled.emit import BYTES, I64, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Kernel
 from kitestring.devices.fit.compiled.views import Buffer
@@ -105,33 +106,39 @@ def uncollected() -> Iterator[None]:
 
 
 def compiled(builder: Builder, size: int, constants: Mapping[Buffer, Any]) -> Native:
+    """Machine code for this processor: of an earlier run, if it had the same to compile."""
     with _lock:
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
+        cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
         machine = binding.Target.from_default_triple().create_target_machine(
-            cpu=binding.get_host_cpu_name(),
-            features=binding.get_host_cpu_features().flatten(),
-            opt=3,
-            jit=True,
+            cpu=cpu, features=features, opt=3, jit=True
         )
-        module = binding.parse_assembly(str(builder.module))
-        module.verify()
-        options = binding.create_pipeline_tuning_options(speed_level=2)
-        _improve(module, binding.create_pass_builder(machine, options))
-        engine = binding.create_mcjit_compiler(module, machine)
+        text = str(builder.module)
+        name = shelf.key(text, cpu, features, __version__, *_PASSES)
+        code = shelf.load(name)
+        if code is None:
+            module = binding.parse_assembly(text)
+            module.verify()
+            _improve(module, machine)
+            code = machine.emit_object(module)
+            shelf.keep(name, code)
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        engine.add_object_file(binding.ObjectFileRef.from_data(code))
         engine.finalize_object()
         address = engine.get_function_address("main")
     return Native(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), size, constants, engine)
 
 
-def _improve(module: Any, builder: Any) -> None:
-    """What is left to do for LLVM: vectors and tiles are written out, so a few passes are as good
-    as all of -O2, in half the time."""
+# What is left to do for LLVM: vectors and tiles are written out, so a few passes are as good as
+# all of -O2, in half the time.
+_PASSES = ("sroa", "instruction_combine", "simplify_cfg", "loop_rotate", "instruction_combine",
+           "new_gvn")  # fmt: skip
+
+
+def _improve(module: Any, machine: Any) -> None:
+    options = binding.create_pipeline_tuning_options(speed_level=2)
     passes = binding.create_new_module_pass_manager()
-    passes.add_sroa_pass()
-    passes.add_instruction_combine_pass()
-    passes.add_simplify_cfg_pass()
-    passes.add_loop_rotate_pass()
-    passes.add_instruction_combine_pass()
-    passes.add_new_gvn_pass()
-    passes.run(module, builder)
+    for name in _PASSES:
+        getattr(passes, f"add_{name}_pass")()
+    passes.run(module, binding.create_pass_builder(machine, options))
