@@ -338,10 +338,15 @@ def test_a_device_may_be_asked_once() -> None:
 # --- chunks
 
 
-def sizes(parameters: int, cohort: int, workers: int, chunk: int | None = None) -> list[int]:
-    """Devices in each chunk, of a message with so many bytes of parameters."""
+def sizes(
+    parameters: int, cohort: int, workers: int, chunk: int | None = None, flops: float = 0
+) -> list[int]:
+    """Devices in each chunk, of a message with so many bytes of parameters; where a reply has
+    taken so many operations so far."""
     e = LocalEngine(Setting(Numbers(cohort), PHONE, chunk, workers=workers), tiny.compute())
     e.open(FedAvg(), 0)
+    if flops:
+        e.ledger.add("learn", replies=7, flops=7 * flops)
     seen = []
 
     def reply(ids: Any) -> Message:
@@ -357,12 +362,13 @@ def sizes(parameters: int, cohort: int, workers: int, chunk: int | None = None) 
 @pytest.mark.parametrize(
     ("parameters", "cohort", "workers", "first", "count"),
     [
-        (0, 1000, 1, 64, 16),  # nothing to go by
+        (0, 1000, 1, 63, 16),  # nothing to go by: at most 64
         (2440, 100, 1, 100, 1),
         (2440, 100, 2, 50, 2),
         (2440, 100, 3, 34, 3),
-        (2440, 10_000, 2, 512, 20),  # never more
-        (145_176, 100, 1, 14, 8),  # 2 MiB
+        (2440, 10_000, 2, 500, 20),  # never more than 512
+        (145_176, 100, 1, 13, 8),  # 2 MiB are 14
+        (145_176, 100, 3, 12, 9),  # as many for each worker
         (2**20, 5, 1, 2, 3),
         (2**23, 5, 2, 1, 5),  # never less
     ],
@@ -372,6 +378,22 @@ def test_devices_in_a_chunk(
 ) -> None:
     found = sizes(parameters, cohort, workers)
     assert (found[0], len(found), sum(found)) == (first, count, cohort)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "flops", "first", "count"),
+    [
+        (2**20, 1e6, 50, 2),  # little work: both workers' halves, of 64 MiB at most
+        (2**20, 2.5e7, 17, 6),  # 20 devices make some milliseconds
+        (2**20, 1e9, 2, 50),  # much: no more than fit the cache
+        (2**24, 1e6, 4, 25),  # and no more than 64 MiB
+    ],
+)
+def test_more_devices_in_a_chunk_where_they_have_little_to_compute(
+    parameters: int, flops: float, first: int, count: int
+) -> None:
+    found = sizes(parameters, 100, 2, flops=flops)
+    assert (found[0], len(found), sum(found)) == (first, count, 100)
 
 
 def test_a_chunk_that_was_asked_for() -> None:

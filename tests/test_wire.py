@@ -157,3 +157,18 @@ def head(kind: int, dtype: int, *sizes: int, name: bytes = b"w") -> bytes:
 def test_known_damage(blob: bytes) -> None:
     with pytest.raises(BadBytes, match="not a packed message"):
         wire.unpack(blob)
+
+
+@given(messages(), st.data())
+def test_all_at_once_as_one_by_one(message: Message, data: Any) -> None:
+    """Ragged or not, alike or not: the bytes are those of `pack_tree`, and come back stacked."""
+    tree, devices = message.parameters, count(message)
+    which = np.array(data.draw(st.lists(st.integers(0, devices - 1), max_size=4)), np.int64)
+    packed = wire.pack_trees(tree, which)
+    assert packed == [wire.pack_tree(tree, int(d)) for d in which]
+    if packed:
+        back = wire.unpack_trees(packed)
+        assert list(back) == list(tree)
+        for name, leaf in back.items():
+            for i, d in enumerate(which):
+                assert_equal(device(leaf, i), device(tree[name], int(d)))

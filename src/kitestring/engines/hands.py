@@ -72,9 +72,10 @@ class InProcess:
         return session
 
     def _private(self, ids: Array, session: DeviceSession) -> Tree:
+        kept = self._store.stacked("private", ids)
+        if kept is not None:
+            return kept
         found = self._store.find("private", ids)
-        if found and None not in found:
-            return stack_trees([tree for tree in found if tree is not None])
         fresh: Tree = self._collaboration.install(session)
         if all(tree is None for tree in found):
             return fresh

@@ -18,7 +18,7 @@ import numpy as np
 
 from kitestring.core import Tree
 from kitestring.exchange.kept import Disk, Kept, Memory, Packed
-from kitestring.exchange.wire import pack_tree, stack_trees, unpack_tree
+from kitestring.exchange.wire import pack_tree, pack_trees, unpack_tree, unpack_trees
 
 S = TypeVar("S")
 
@@ -38,12 +38,23 @@ class Store:
             found = self._kept.find(shelf, devices)
         return [unpack_tree(found[i]) if i in found else None for i in devices] if found else []
 
+    def stacked(self, shelf: str, ids: Sequence[int]) -> Tree | None:
+        """The trees of all `ids`, stacked; None where one was not put."""
+        devices = np.asarray(ids).tolist()
+        with self._lock:
+            found = self._kept.find(shelf, devices)
+        if not devices or len(found) < len(set(devices)):
+            return None
+        return unpack_trees([found[i] for i in devices])
+
     def get(self, shelf: str, device: int) -> Tree | None:
         return next(iter(self.find(shelf, [device])), None)
 
     def put(self, shelf: str, ids: Sequence[int], tree: Tree, which: Iterable[int]) -> None:
         """Keep the slices `which` of a stacked tree, slice d under ids[d]."""
-        trees = {int(ids[d]): pack_tree(tree, d) for d in which}
+        chosen = np.fromiter(which, np.int64)
+        names = np.asarray(ids)[chosen].tolist()
+        trees = dict(zip(names, pack_trees(tree, chosen), strict=True))
         with self._lock:
             self._kept.put(shelf, trees)
 
@@ -84,10 +95,11 @@ class Table:
 
     def get(self, ids: Sequence[int]) -> Tree:
         """What was kept for `ids`, stacked. Raises KeyError where nothing was."""
-        found = self._store.find(self._shelf, ids) or [None]
-        if None in found:
-            raise KeyError(ids[found.index(None)])
-        return stack_trees([tree for tree in found if tree is not None])
+        found = self._store.stacked(self._shelf, ids)
+        if found is None:
+            there = self._store.find(self._shelf, ids) or [None]
+            raise KeyError(ids[there.index(None)])
+        return found
 
     def put(self, ids: Sequence[int], tree: Tree) -> None:
         """Keep slice d of a stacked tree under ids[d]."""

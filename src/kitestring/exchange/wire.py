@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from kitestring.core import KINDS, Kind, Message, Rows, Tree
+from kitestring.core import KINDS, Array, Kind, Message, Rows, Tree
 from kitestring.errors import BadBytes
 
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")
@@ -89,9 +90,21 @@ def _devices(leaf: Any) -> Any:
     return leaf.n if isinstance(leaf, Rows) else leaf
 
 
-def unpack(blob: bytes) -> Message:
-    """The inverse of `pack`, for one device (leading axis 1). Raises `BadBytes`."""
-    message, at = Message(), 0
+@dataclass(frozen=True)
+class _Found:
+    """A record in packed bytes: its values are those from `start` to `end`."""
+
+    code: int
+    name: str
+    dtype: Any
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def _records(blob: bytes) -> list[_Found]:
+    found: list[_Found] = []
+    at = 0
     try:
         while at < len(blob):
             code, dtype, dimensions, length = struct.unpack_from("<BBBB", blob, at)
@@ -100,16 +113,37 @@ def unpack(blob: bytes) -> Message:
             at += length
             shape = struct.unpack_from(f"<{dimensions}I", blob, at)
             at += 4 * dimensions
-            count = math.prod(shape)
-            array = np.frombuffer(blob, DTYPES[dtype], count, at).reshape(shape).copy()
-            at += array.nbytes
-            leaf = Rows(array[None], np.array([len(array)])) if code & _RAGGED else array[None]
-            leaves = getattr(message, KINDS[code & ~_RAGGED])
-            if name in leaves:
+            kind = np.dtype(DTYPES[dtype]).newbyteorder("<")
+            end = at + kind.itemsize * math.prod(shape)
+            if end > len(blob):
+                raise ValueError(f"{name!r} ends after the last byte")
+            if any((f.code, f.name) == (code, name) for f in found):
                 raise ValueError(f"{name!r} comes twice")
-            leaves[name] = leaf
-    except (struct.error, IndexError, ValueError, TypeError, OverflowError) as problem:
+            if code & ~_RAGGED >= len(KINDS) or (code & _RAGGED and not shape):
+                raise ValueError(f"{name!r} is of no kind")
+            found.append(_Found(code, name, kind, shape, at, end))
+            at = end
+    except (struct.error, IndexError, ValueError) as problem:
         raise BadBytes(f"not a packed message at byte {at} of {len(blob)}: {problem}") from None
+    return found
+
+
+def unpack(blob: bytes) -> Message:
+    """The inverse of `pack`, for one device (leading axis 1). Raises `BadBytes`."""
+    return _unpacked(_records(blob), np.frombuffer(blob, np.uint8)[None])
+
+
+def _unpacked(records: Sequence[_Found], rows: Any) -> Message:
+    """`rows` [D, bytes] of devices whose records are alike."""
+    message, devices = Message(), len(rows)
+    for f in records:
+        body = np.array(rows[:, f.start : f.end], order="C").view(f.dtype)
+        try:
+            array = body.reshape(devices, *f.shape).astype(f.dtype.newbyteorder("="), copy=False)
+        except ValueError as problem:  # too many dimensions, or too large ones beside a zero
+            raise BadBytes(f"not a packed message: {f.name!r}: {problem}") from None
+        leaf = Rows(array, np.full(devices, f.shape[0])) if f.code & _RAGGED else array
+        getattr(message, KINDS[f.code & ~_RAGGED])[f.name] = leaf
     return message
 
 
@@ -138,5 +172,36 @@ def pack_tree(tree: Tree, d: int = 0) -> bytes:
     return pack(Message(parameters=tree), d)
 
 
+def pack_trees(tree: Tree, which: Array) -> list[bytes]:
+    """`pack_tree` of the devices `which`. Where they do not differ in shape, all at once."""
+    leaves = [leaf for _, _, leaf in Message(parameters=tree).leaves()]
+    counts = [leaf.n[which] for leaf in leaves if isinstance(leaf, Rows)]
+    if not tree or not len(which) or any((n != n[0]).any() for n in counts):
+        return [pack_tree(tree, int(d)) for d in which]
+    parts = []
+    for name, leaf in tree.items():
+        ragged = isinstance(leaf, Rows)
+        values = leaf.values[which, : leaf.n[which[0]]] if ragged else np.asarray(leaf)[which]
+        head = _head(_RAGGED * ragged + KINDS.index("parameters"), name, values.dtype,
+                     values.shape[1:])  # fmt: skip
+        body = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+        parts += [np.frombuffer(head, np.uint8), body.reshape(len(which), -1).view(np.uint8)]
+    rows = np.empty((len(which), sum(part.shape[-1] for part in parts)), np.uint8)
+    np.concatenate([np.broadcast_to(p, (len(which), p.shape[-1])) for p in parts], 1, out=rows)
+    return [row.tobytes() for row in rows]
+
+
 def unpack_tree(blob: bytes) -> Tree:
     return unpack(blob).parameters
+
+
+def unpack_trees(blobs: Sequence[bytes]) -> Tree:
+    """All of them stacked. Raises `BadBytes`."""
+    first = _records(blobs[0])
+    if all(len(blob) == len(blobs[0]) for blob in blobs):
+        rows = np.frombuffer(b"".join(blobs), np.uint8).reshape(len(blobs), -1)
+        ends = [0, *(f.end for f in first)]
+        heads = [rows[:, end : f.start] for end, f in zip(ends, first, strict=False)]
+        if all((head == head[:1]).all() for head in heads):
+            return _unpacked(first, rows).parameters
+    return stack_trees([unpack_tree(blob) for blob in blobs])
