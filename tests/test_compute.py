@@ -255,7 +255,7 @@ def test_convolutions_are_left_one_by_one_unless_told_otherwise(
     2 x 256 x width."""
     monkeypatch.setattr("kitestring.devices.fit.compute.native", lambda watch: None)
     for width, how, why in (
-        (2048, "auto", "sequential: llvmlite is not installed, and convolutions"),
+        (2048, "auto", "sequential: llvmlite is not installed, and layers of this size"),
         (2048, "vmap", "vmap"), (2, "auto", "vmap: llvmlite"),
     ):  # fmt: skip
         inner = nn.Sequential(
@@ -382,3 +382,34 @@ def test_what_is_asked_wrongly_is_told() -> None:
             call(less)
         with pytest.raises(TaskError, match="does not take the weight 'extra'"):
             call(Tree({**weights, "extra": weights["inner.0.bias"]}))
+
+
+class Read(nn.Module):
+    """The last state of an LSTM."""
+
+    def __init__(self, *layers: int, both: bool = False) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(*layers, batch_first=True, bidirectional=both)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0][:, -1]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (2, False), (1, True)])
+def test_operations_of_an_lstm_are_counted(layers: int, both: bool) -> None:
+    """By hand, 2 for each multiplication: four gates of the input and of the state, 7 times."""
+    made = program(Read(3, 5, layers, both=both))
+    rows = {"x": Rows(np.zeros((1, 2, 7, 3), np.float32), np.array([2]))}
+    ways = 1 + both
+    wanted = sum(4 * 5 * ((3 if at == 0 else 5 * ways) + 5) for at in range(layers))
+    assert made.flops(rows) == 2 * 7 * ways * wanted
+
+
+def test_an_lstm_is_left_one_by_one() -> None:
+    """Mapped over devices it took four times as long as one after the other."""
+    made, n = program(Read(2, 4)), np.array([3, 2])
+    x, y = np.zeros((2, 3, 5, 2), np.float32), np.zeros((2, 3), np.int64)
+    start = Tree({k: np.stack([a, a]) for k, a in made.initial().items()})
+    compute = TorchCompute({"p": made})
+    compute.fit("p", start, {"x": Rows(x, n), "y": Rows(y, n)}, Recipe(0.1), key=keys(2))
+    assert compute.explain("p").startswith("sequential")

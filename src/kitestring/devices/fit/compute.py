@@ -21,9 +21,14 @@ from kitestring.devices.fit.stopwatch import Stopwatch
 from kitestring.errors import SettingError, unknown
 
 How = Literal["auto", "compiled", "sequential", "vmap"]
-# Operations a row from which convolutions are left one by one. Grouped ones still won narrowly at
-# 2e6 and lost at 7e6 (benchmarks/convolutions.py); where little is won, the reference is taken.
-_HEAVY = 1e6
+# Operations a row from which layers are left one by one. Grouped convolutions still won narrowly
+# at 2e6 and lost at 7e6 (benchmarks/convolutions.py); where little is won, the reference is taken.
+# GRUs won at 8e6 and lost at 3e7; LSTMs, which are one operation on the CPU, never won.
+_HEAVY: dict[tuple[type[nn.Module], ...], float] = {
+    (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d): 1e6,
+    (nn.LSTM,): 0,
+    (nn.RNN, nn.GRU): 2e7,
+}
 _SLICE = 512  # rows of one model predicted at a time
 T = TypeVar("T")
 
@@ -151,10 +156,8 @@ class TorchCompute:
         if self.how in ("sequential", "compiled"):
             return "as asked" if self.how == "sequential" else "vmap was not asked for"
         why = _unmappable(program, trains) or _probe(program, weights, rows, trains)
-        slow = self.how == "auto" and self.device == CPU and _convolves(program.module)
-        if not why and slow:
-            heavy = program.flops(rows) > _HEAVY
-            why = "convolutions of this size are faster so" if heavy else ""
+        if not why and self.how == "auto" and self.device == CPU and _heavy(program, rows):
+            why = "layers of this size are faster so"
         return why
 
     def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
@@ -301,9 +304,13 @@ def _heads(rows: Rows) -> Array:
     return heads
 
 
-def _convolves(module: nn.Module) -> bool:
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-    return any(isinstance(m, kinds) for m in module.modules())
+def _heavy(program: Program, rows: Mapping[str, Rows]) -> bool:
+    limits = [
+        limit
+        for kinds, limit in _HEAVY.items()
+        if any(isinstance(m, kinds) for m in program.module.modules())
+    ]
+    return bool(limits) and program.flops(rows) > min(limits)
 
 
 def _unmappable(program: Program, trains: bool) -> str:
