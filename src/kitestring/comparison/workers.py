@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -105,6 +106,7 @@ def _prepare(order: Order, heard: Any) -> None:
     task, hardware, how = order.load(), profile(order.profile), order.compute
     _bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
     _heard = heard
+    gc.freeze()  # what is there stays: the collector of cycles need not walk all of torch again
 
 
 def _leave_with(parent: int) -> None:

@@ -155,10 +155,9 @@ class TorchCompute:
         """What keeps devices from being computed all at once; nothing does if empty."""
         if self.how in ("sequential", "compiled"):
             return "as asked" if self.how == "sequential" else "vmap was not asked for"
-        why = _unmappable(program, trains) or _probe(program, weights, rows, trains)
-        if not why and self.how == "auto" and self.device == CPU and _heavy(program, rows):
-            why = "layers of this size are faster so"
-        return why
+        if self.how == "auto" and self.device == CPU and _heavy(program, rows):
+            return "layers of this size are faster so"
+        return _unmappable(program, trains) or _probe(program, weights, rows, trains)
 
     def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
         p, first = self.program(program), next(iter(inputs.values()))
