@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -241,10 +243,44 @@ def generate_demo() -> str | None:
     return f"\n```text\n{path.read_text().rstrip()}\n```\n\n" if path.exists() else None
 
 
+def generate_simulation() -> str | None:
+    """The medians of benchmarks/results/simulation.md."""
+    home = ROOT / "benchmarks"
+    kept = home / "results" / "simulation.json"
+    if not kept.exists():
+        return None
+    sys.path.insert(0, str(home / "simulation"))
+    from workloads import WORKLOADS  # type: ignore[import-not-found]
+
+    speeds: dict[tuple[str, str], dict[int, float]] = {}
+    for r in json.loads(kept.read_text())["runs"]:
+        if not r["failed"]:
+            known = speeds.setdefault((r["workload"], r["contender"]), {})
+            known[r["turn"]] = r["said"]["updates_per_s"]
+    others = {"sequential": "plain torch", "pfl": "pfl-research", "flower": "Flower"}
+    heads = ["workload", "client updates/s", *others.values()]
+    lines = [heads, ["---"] * len(heads)]
+    for name, w in WORKLOADS.items():
+        mine = speeds[name, "kitestring"]
+        cells = [f"{name}: {w.about}", three(statistics.median(mine.values()))]
+        for other in others:
+            theirs = speeds.get((name, other), {})
+            ratios = [mine[turn] / theirs[turn] for turn in mine if turn in theirs]
+            cells.append(f"{three(statistics.median(ratios))}×" if ratios else "-")
+        lines.append(cells)
+    return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
+
+
+def three(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 GENERATORS: dict[str, tuple[str, Callable[[], str | None]]] = {
     "example": ("README.md", generate_example),
     "demo": ("README.md", generate_demo),
     "help": ("docs/help.md", generate_help),
+    "simulation": ("README.md", generate_simulation),
     "collaborations": ("README.md", generate_collaborations),
 }
 

@@ -288,3 +288,36 @@ def test_a_number_out_of_range_is_told(verb: str) -> None:
         else:
             compute.predict("p", start, {"x": bad})
     compute.fit("p", start, rows, Recipe(0.1), key=keys(2))
+
+
+@pytest.mark.parametrize("order", ["relu first", "pool first", "twice"])
+@pytest.mark.parametrize(("window", "size"), [(2, 8), (3, 9), (2, 7)])  # the last leaves a rim
+def test_the_gradient_of_pooling_and_what_goes_with_it(order: str, window: int, size: int) -> None:
+    """Where windows tile the image their gradient is written straight to where it is used."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+            self.pool = nn.MaxPool2d(window)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h = self.pool(h).relu() if order == "pool first" else self.pool(h.relu())
+            if order == "twice":
+                h = h + self.pool(self.first(x).relu() * 2)
+            return self.second(h).flatten(2).mean(-1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    made, n, draws = program(Pooled()), [5, 2], np.random.default_rng(0)
+    x = draws.normal(0, 1, (7, 1, size, size)).astype(np.float32)
+    rows = lying({"x": x, "y": draws.integers(0, 4, 7)}, n)
+    start = Tree({k: np.stack([a, a]) for k, a in made.initial().items()})
+    native, plain = TorchCompute({"p": made}, "compiled"), TorchCompute({"p": made}, "sequential")
+    a, b = (c.fit("p", start, rows, Recipe(0.1, 2, 3), key=keys(2)) for c in (native, plain))
+    assert all(near(a.parameters[k], w) for k, w in b.parameters.items())
+    (_, da, xa), (_, db, xb) = (c.backward("p", start, rows) for c in (native, plain))
+    assert native.explain("p") == "compiled"
+    assert all(near(da[k], g) for k, g in db.items())
+    mask = rows["x"].mask()
+    assert near(xa["x"].values[mask], xb["x"].values[mask])
