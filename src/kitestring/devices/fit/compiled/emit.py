@@ -203,6 +203,10 @@ class Emitter:
             return self.splat(f32(float(value)), width)
         return self.splat(ir.Constant(HELD[dtype], int(value)), width)
 
+    def lanes_from(self, first: int) -> Any:
+        """A mask of the lanes from `first` on."""
+        return ir.Constant(ir.VectorType(I1, WIDTH), [int(k >= first) for k in range(WIDTH)])
+
     def lanes(self, values: Sequence[Any]) -> Any:
         if len(values) == 1:
             return values[0]

@@ -168,9 +168,10 @@ class _Tile:
     def dots(self) -> None:
         e, rest = self.e, self.k % WIDTH
 
-        def tail(view: View, spot: Any, r: int, c: int) -> Any:
-            at = e.b.add(spot, i64(r * view.strides[-2] + c * view.strides[-1]))
-            return e.some(self.at[view.buffer], at, rest)  # type: ignore[index]
+        def tail(view: View, spot: Any, r: int, c: int, lane: int) -> Any:
+            """The last vector, with zeros for what the loop has seen already."""
+            whole = self.read(view, spot, r, c, lane, WIDTH)
+            return e.b.select(e.lanes_from(WIDTH - rest), whole, e.number(0.0, "f32", WIDTH))
 
         def cell(i: Any, rows: int) -> None:
             def across(j: Any, count: int) -> None:
@@ -187,18 +188,17 @@ class _Tile:
                 def spots(k: Any) -> tuple[Any, Any]:
                     return self.spot(self.a, i, k), self.spot(self.b, k, j)
 
-                if self.k >= WIDTH:
-                    with e.loop(self.k - rest, step=WIDTH) as k:
-                        left, right = spots(k)
-                        step(
-                            [self.read(self.a, left, r, 0, 1, WIDTH) for r in range(rows)],
-                            [self.read(self.b, right, 0, c, 0, WIDTH) for c in range(count)],
-                        )
-                if rest:
-                    left, right = spots(i64(self.k - rest))
+                with e.loop(self.k - rest, step=WIDTH) as k:
+                    left, right = spots(k)
                     step(
-                        [tail(self.a, left, r, 0) for r in range(rows)],
-                        [tail(self.b, right, 0, c) for c in range(count)],
+                        [self.read(self.a, left, r, 0, 1, WIDTH) for r in range(rows)],
+                        [self.read(self.b, right, 0, c, 0, WIDTH) for c in range(count)],
+                    )
+                if rest:
+                    left, right = spots(i64(self.k - WIDTH))
+                    step(
+                        [tail(self.a, left, r, 0, 1) for r in range(rows)],
+                        [tail(self.b, right, 0, c, 0) for c in range(count)],
                     )
                 sums = {
                     (r, c, 1): e.across("sum", e.b.load(total), WIDTH)
