@@ -383,7 +383,10 @@ def test_devices_in_a_chunk(
 @pytest.mark.parametrize(
     ("parameters", "flops", "first", "count"),
     [
-        (2**20, 1e6, 50, 2),  # little work: both workers' halves, of 64 MiB at most
+        (2**20, 1e5, 50, 2),  # 64 MiB at most
+        (2**14, 1e5, 100, 1),  # too little to be shared out
+        (2**14, 5e6, 50, 2),
+        (2**20, 4e6, 50, 2),
         (2**20, 2.5e7, 17, 6),  # 20 devices make some milliseconds
         (2**20, 1e9, 2, 50),  # much: no more than fit the cache
         (2**24, 1e6, 4, 25),  # and no more than 64 MiB

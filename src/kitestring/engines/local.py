@@ -31,6 +31,7 @@ _PATIENCE = 5  # void rounds in a row before giving up
 _CACHE = 2 * 2**20  # bytes of parameters in a chunk: what one core's second-level cache holds
 _ROOM = 64 * 2**20  # bytes of parameters in a chunk of devices that have little to compute
 _WORK = 5e8  # operations beside which what Python does for a chunk is little: some milliseconds
+_LITTLE = 2e8  # operations too few to be shared out: Python's part would be as much
 _FEWEST, _MOST = 64, 512  # devices in a chunk: where there are no parameters, and ever
 
 
@@ -40,9 +41,9 @@ class Setting:
 
     `chunk` devices are computed at a time; None chooses: as many as have 2 MiB of parameters or,
     by the replies so far, some milliseconds of work, in chunks of one size and as many for each
-    worker. `workers` threads compute chunks, where the hands let them: those
-    in another process take one at a time. Results do not depend on how many there are; on the
-    chunk, sums over devices do, in the last digits of a float64."""
+    worker that they are enough for. `workers` threads compute chunks, where the hands let them:
+    those in another process take one at a time. Results do not depend on how many there are; on
+    the chunk, sums over devices do, in the last digits of a float64."""
 
     population: Population
     profile: Profile
@@ -216,6 +217,7 @@ class LocalEngine:
         if replies:
             work = self.ledger.amounts[self.purpose, "flops"] / replies
             most = max(most, int(min(_WORK / max(1.0, work), _ROOM / max(1, each))))
+            workers = max(1, min(workers, int(count * work / _LITTLE)))
         turns = -(-count // max(1, min(most, _MOST)))
         return max(1, -(-count // (-(-turns // workers) * workers)))
 

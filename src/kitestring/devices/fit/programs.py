@@ -137,7 +137,7 @@ class Program:
     def flops(self, columns: Mapping[str, Rows]) -> float:
         """Operations of one forward pass over one row (products and convolutions, 2 per MAC)."""
         rows = {k: r.row for k, r in sorted(columns.items())}
-        key = tuple((k, shape, np.dtype(dtype).name) for k, (shape, dtype) in rows.items())
+        key = tuple((k, shape, np.dtype(dtype)) for k, (shape, dtype) in rows.items())
         if key not in self._flops:
             row = {k: self.put(np.zeros((1, *shape), dtype)) for k, (shape, dtype) in rows.items()}
             counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)

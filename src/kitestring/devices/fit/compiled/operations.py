@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -86,14 +87,19 @@ def _scatter_part(
 
 
 def _pad(low: Lowering, node: Node, x: Value, pads: Sequence[int], value: float = 0.0) -> Value:
-    if min(pads) < 0:
-        raise Refused("padding by less than nothing")
+    """Less than nothing cuts off."""
     out = low.fresh(shape_of(node), x.dtype)
-    low.put(pointwise(out, constant(value, x.dtype, out.shape)))
+    if any(pad > 0 for pad in pads):
+        low.put(pointwise(out, constant(value, x.dtype, out.shape)))
     part = out
     for k in range(len(pads) // 2):
-        dim = len(x.shape) - 1 - k
-        part = part.slice(dim, pads[2 * k], x.shape[dim])
+        dim, (before, after) = len(x.shape) - 1 - k, pads[2 * k : 2 * k + 2]
+        left, right = max(0, -before), max(0, -after)
+        length = x.shape[dim] - left - right
+        if length <= 0:
+            return out
+        cut = partial(View.slice, dim=dim, start=left, length=length)
+        x, part = changed(x, cut), part.slice(dim, max(0, before), length)
     low.put(pointwise(part, x))
     return out
 

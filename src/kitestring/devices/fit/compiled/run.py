@@ -22,7 +22,8 @@ from kitestring.errors import TaskError
 
 T = TypeVar("T")
 _DTYPES = {"float32": "f32", "int64": "i64", "int32": "i32", "uint8": "u8", "bool": "bool"}
-_NUMPY = {short: np.dtype(long) for long, short in _DTYPES.items()}
+_SHORT = {np.dtype(long): short for long, short in _DTYPES.items()}
+_NUMPY = {short: dtype for dtype, short in _SHORT.items()}
 
 
 class Code:
@@ -169,9 +170,9 @@ def _columns(rows: Mapping[str, Rows]) -> Columns:
     out = []
     for name, r in sorted(rows.items()):
         shape, dtype = r.row
-        if dtype.name not in _DTYPES:
+        if dtype not in _SHORT:
             raise Refused(f"column {name!r} of type {dtype.name}")
-        out.append((name, tuple(shape), _DTYPES[dtype.name]))
+        out.append((name, tuple(shape), _SHORT[dtype]))
     return tuple(out)
 
 
