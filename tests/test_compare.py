@@ -199,7 +199,8 @@ def test_what_is_wrong_is_one_line(words: list[str], says: str, tmp_path: Path) 
 
 
 def test_a_run_that_is_going_on_is_left_alone(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kitestring.cli", "compare", TINY, "--out", str(tmp_path)]
+    # A longer one, so that it still goes on when the other comes.
+    command = [sys.executable, "-m", "kitestring.cli", "compare", "digits", "--out", str(tmp_path)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (tmp_path / "settings.json").exists() and first.poll() is None:

@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,24 +39,24 @@ def compare(
     started, workers = time.perf_counter(), workers or cores()
     task = order.load()
     notes = validate(task)
-    with Workers(order, workers) as hands:
+    with _claimed(folder, order, resume, fresh) as begin, Workers(order, workers) as hands:
         hardware, how = profile(order.profile), order.compute
         bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
         programs = bench.compute(0).programs
         fits(task, programs, bench.profile)
         names = set(programs)
         chosen = [m for m in shown(order.only) if missing(task, names, m.about) is None]
-        with _claimed(folder, order, resume, fresh):
-            board = Board(
-                _with_sources(chosen, task, names), folder / "jobs", order.seeds, order.trials,
-                (lambda a, b: a > b) if task.metric.higher_is_better else (lambda a, b: a < b),
-            )  # fmt: skip
-            shared = budget(bench, order.trials)
-            hands.work_off(board, shared, heard)
-            wall_s = None if resume else time.perf_counter() - started
-            result = assemble(order, bench, shared, board, names, notes)
-            result = replace(result, times=Times(spent(board), workers, wall_s))
-            write_whole(folder / "comparison.json", json.dumps(to_json(result)))
+        begin()
+        board = Board(
+            _with_sources(chosen, task, names), folder / "jobs", order.seeds, order.trials,
+            (lambda a, b: a > b) if task.metric.higher_is_better else (lambda a, b: a < b),
+        )  # fmt: skip
+        shared = budget(bench, order.trials)
+        hands.work_off(board, shared, heard)
+        wall_s = None if resume else time.perf_counter() - started
+        result = assemble(order, bench, shared, board, names, notes)
+        result = replace(result, times=Times(spent(board), workers, wall_s))
+        write_whole(folder / "comparison.json", json.dumps(to_json(result)))
     return result
 
 
@@ -83,8 +83,9 @@ def _with_sources(chosen: list[Method], task: Task | Recorded, names: set[str]) 
 
 
 @contextmanager
-def _claimed(folder: Path, order: Order, resume: bool, fresh: bool) -> Iterator[None]:
-    """The run's folder, for one comparison at a time; a run that is not finished is not lost."""
+def _claimed(folder: Path, order: Order, resume: bool, fresh: bool) -> Iterator[Callable[[], None]]:
+    """The run's folder, for one comparison at a time; a run that is not finished is not lost. What
+    is given clears it, unless the run goes on."""
     settings = folder / "settings.json"
     try:
         (folder / "jobs").mkdir(parents=True, exist_ok=True)
@@ -122,12 +123,15 @@ def _claimed(folder: Path, order: Order, resume: bool, fresh: bool) -> Iterator[
                 "an unfinished comparison is here", str(folder),
                 "Go on with --resume, or start over with --fresh",
             )  # fmt: skip
-        if not resume:
-            for old in (folder / "jobs").iterdir():
-                old.unlink()
-            (folder / "comparison.json").unlink(missing_ok=True)
-            write_whole(settings, json.dumps(wanted, indent=1))
-        yield
+
+        def begin() -> None:
+            if not resume:
+                for old in (folder / "jobs").iterdir():
+                    old.unlink()
+                (folder / "comparison.json").unlink(missing_ok=True)
+                write_whole(settings, json.dumps(wanted, indent=1))
+
+        yield begin
     finally:
         lock.close()
 
