@@ -18,7 +18,7 @@ from kitestring.devices.fit.compiled.emit import I64, WIDTH, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Kernel, Pointers, kernel, pointwise
 from kitestring.devices.fit.compiled.lowering import Lowering
 from kitestring.devices.fit.compiled.planes import Shape
-from kitestring.devices.fit.compiled.product import COLUMNS, REGISTERS, runs, vectors
+from kitestring.devices.fit.compiled.product import REGISTERS, grow, runs, stripes, vectors
 from kitestring.devices.fit.compiled.views import Buffer, View, constant
 
 _CACHED = 2**16  # floats of images that are read again and again
@@ -133,14 +133,14 @@ def convolve(
                         with e.loop(depth) as c:
                             k = b.add(b.mul(t, i64(depth)), c)
                             row = b.add(b.mul(k, i64(n)), j)
-                            w = [e.load(weights, "f32", b.add(row, i64(p)), wd) for p, wd in parts]
+                            w = [
+                                (e.load(weights, "f32", b.add(row, i64(p)), wd), wd)
+                                for p, wd in parts
+                            ]
                             for r in range(length):
                                 place = b.add(start, b.add(c, i64(r * planes.strides[3])))
                                 one = e.load(image, "f32", place)
-                                for p, (_, width) in enumerate(parts):
-                                    total = totals[r, p]
-                                    more = e.fma(e.splat(one, width), w[p], b.load(total))
-                                    b.store(more, total)
+                                grow(e, [totals[r, p] for p in range(len(parts))], one, w)
                     for r, p in cells:
                         shift, width = parts[p]
                         spot = b.mul(b.add(x, i64(r)), i64(out.strides[3]))
@@ -149,19 +149,9 @@ def convolve(
 
                 runs(e, wide, max(1, REGISTERS // len(parts)), run)
 
-            _columns(e, n, block)
+            stripes(e, n, block)
 
     return kernel("convolve", emit, out, planes, list(reads), depth, taps, bias)
-
-
-def _columns(e: Emitter, n: int, block: Callable[[Any, int], None]) -> None:
-    most = COLUMNS * WIDTH
-    whole = n - n % most
-    if whole:
-        with e.loop(whole, step=most) as j:
-            block(j, most)
-    if n % most:
-        block(i64(whole), n % most)
 
 
 def convolve_weights(out: View, planes: View, reads: Sequence[int], d: View) -> Kernel:
@@ -201,13 +191,11 @@ def convolve_weights(out: View, planes: View, reads: Sequence[int], d: View) -> 
                     starts = [b.add(here, shift) for shift in shifts]
                     x = stack.enter_context(e.loop(wide))
                     spot = b.add(there, b.mul(x, i64(d.strides[3])))
-                    g = [e.load(slope, "f32", b.add(spot, i64(p)), wd) for p, wd in parts]
+                    g = [(e.load(slope, "f32", b.add(spot, i64(p)), wd), wd) for p, wd in parts]
                     along = b.mul(x, i64(planes.strides[3]))
                     for r in range(length):
                         one = e.load(image, "f32", b.add(starts[r], along))
-                        for p, (_, width) in enumerate(parts):
-                            total = totals[r, p]
-                            b.store(e.fma(e.splat(one, width), g[p], b.load(total)), total)
+                        grow(e, [totals[r, p] for p in range(len(parts))], one, g)
                 for (r, p), total in totals.items():
                     e.store(b.load(total), target, "f32", places[r, p], parts[p][1])
 
@@ -215,7 +203,7 @@ def convolve_weights(out: View, planes: View, reads: Sequence[int], d: View) -> 
                 most = max(1, REGISTERS // len(vectors(columns)))
                 runs(e, len(reads), most, lambda m, length: rows(m, length, j, columns))
 
-            _columns(e, n, block)
+            stripes(e, n, block)
 
         images(i64(0), few, again=False)
         rest = batch - few

@@ -21,7 +21,7 @@ from kitestring.devices.fit.compiled.emit import WIDTH, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Kernel, Pointers, kernel, pointwise, reduction
 from kitestring.devices.fit.compiled.lowering import Lowering
 from kitestring.devices.fit.compiled.planes import Shape
-from kitestring.devices.fit.compiled.product import COLUMNS, DOT, REGISTERS, runs
+from kitestring.devices.fit.compiled.product import DOT, REGISTERS, grow, runs, stripes
 from kitestring.devices.fit.compiled.views import (
     Buffer,
     Refused,
@@ -275,15 +275,14 @@ def correlate(
                             b.store(zero if head is None else e.splat(head, width), totals[r, p])
                     with e.loop(len(reads)) as k:
                         there = b.add(b.add(start, offset(k)), j)
-                        x = [e.load(image, "f32", b.add(there, i64(p)), wd) for p, wd in parts]
+                        x = [
+                            (e.load(image, "f32", b.add(there, i64(p)), wd), wd) for p, wd in parts
+                        ]
                         where = b.add(first, weight(k))
                         for r in range(count):
                             row = b.mul(b.add(r0, i64(r)), i64(step))
                             a = e.load(weights, "f32", b.add(where, row))
-                            for p, (_, width) in enumerate(parts):
-                                total = totals[r, p]
-                                more = e.fma(e.splat(a, width), x[p], b.load(total))
-                                b.store(more, total)
+                            grow(e, [totals[r, p] for p in range(len(parts))], a, x)
                     for r, p in cells:
                         shift, width = parts[p]
                         row = b.mul(b.add(r0, i64(r)), i64(out.strides[2]))
@@ -292,13 +291,7 @@ def correlate(
 
                 runs(e, m, max(1, REGISTERS // len(parts)), rows)
 
-            most = COLUMNS * WIDTH
-            whole = n - n % most
-            if whole:
-                with e.loop(whole, step=most) as j:
-                    block(j, most)
-            if n % most:
-                block(i64(whole), n % most)
+            stripes(e, n, block)
 
     return kernel("correlate", emit, out, w, list(taken), step, planes, list(reads), group, bias)
 

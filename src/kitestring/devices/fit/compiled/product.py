@@ -7,7 +7,7 @@ dimension, with a sum across lanes at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -85,6 +85,23 @@ def runs(e: Emitter, n: int, most: int, body: Callable[[Any, int], None]) -> Non
         body(i64(whole), n % length)
 
 
+def stripes(e: Emitter, n: int, body: Callable[[Any, int], None]) -> None:
+    """n columns, as many at a time as a tile has, then those that are left."""
+    most = COLUMNS * WIDTH
+    whole = n - n % most
+    if whole:
+        with e.loop(whole, step=most) as j:
+            body(j, most)
+    if n % most:
+        body(i64(whole), n % most)
+
+
+def grow(e: Emitter, totals: Sequence[Any], scalar: Any, others: Sequence[tuple[Any, int]]) -> None:
+    """Each total grows by the scalar times a vector of so many lanes."""
+    for total, (vector, width) in zip(totals, others, strict=True):
+        e.b.store(e.fma(e.splat(scalar, width), vector, e.b.load(total)), total)
+
+
 def vectors(count: int) -> list[tuple[int, int]]:
     """(start, width) of the vectors that make up so many columns."""
     whole = [(k, WIDTH) for k in range(0, count - count % WIDTH, WIDTH)]
@@ -127,27 +144,21 @@ class _Tile:
     def columns(self) -> None:
         """Down each stripe of columns; or row by row, so that a large result is written as it lies
         while a small b stays in the cache."""
-        most = COLUMNS * WIDTH
         high = max(1, REGISTERS // min(COLUMNS, -(-self.n // WIDTH)))
         wide, small = self.m * self.n > _CACHED, self.k * self.n <= _CACHED // 2
 
-        def stripes(body: Callable[[Any, int], None]) -> None:
-            whole = self.n - self.n % most
-            if whole:
-                with self.e.loop(whole, step=most) as j:
-                    body(j, most)
-            if self.n % most:
-                body(i64(whole), self.n % most)
-
         if wide and small:
-            runs(self.e, self.m, high, lambda i, rows: stripes(partial(self.tile, i, rows)))
+            runs(self.e, self.m, high, self.row)
         else:
 
             def stripe(j: Any, count: int) -> None:
                 fit = max(1, REGISTERS // len(vectors(count)))
                 runs(self.e, self.m, fit, lambda i, rows: self.tile(i, rows, j, count))
 
-            stripes(stripe)
+            stripes(self.e, self.n, stripe)
+
+    def row(self, i: Any, rows: int) -> None:
+        stripes(self.e, self.n, partial(self.tile, i, rows))
 
     def tile(self, i: Any, rows: int, j: Any, columns: int) -> None:
         e, parts = self.e, vectors(columns)
@@ -157,12 +168,10 @@ class _Tile:
             e.b.store(e.number(0.0, "f32", width), total)
         with e.loop(self.k) as k:
             left, right = self.spot(self.a, i, k), self.spot(self.b, k, j)
-            b = {p: self.read(self.b, right, 0, p, 1, w) for p, w in parts}
+            b = [(self.read(self.b, right, 0, p, 1, w), w) for p, w in parts]
             for r in range(rows):
                 a = self.read(self.a, left, r, 0, 0, 1)
-                for p, w in parts:
-                    total = totals[r, p, w]
-                    e.b.store(e.fma(e.splat(a, w), b[p], e.b.load(total)), total)
+                grow(e, [totals[r, p, w] for p, w in parts], a, b)
         self.finish({cell: e.b.load(total) for cell, total in totals.items()}, i, j)
 
     def dots(self) -> None:

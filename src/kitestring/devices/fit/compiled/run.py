@@ -21,9 +21,11 @@ from kitestring.devices.fit.stopwatch import Stopwatch
 from kitestring.errors import TaskError
 
 T = TypeVar("T")
-_DTYPES = {"float32": "f32", "int64": "i64", "int32": "i32", "uint8": "u8", "bool": "bool"}
-_SHORT = {np.dtype(long): short for long, short in _DTYPES.items()}
-_NUMPY = {short: dtype for dtype, short in _SHORT.items()}
+_NUMPY = {
+    "f32": np.dtype(np.float32), "i64": np.dtype(np.int64), "i32": np.dtype(np.int32),
+    "u8": np.dtype(np.uint8), "bool": np.dtype(np.bool_),
+}  # fmt: skip
+_SHORT = {dtype: short for short, dtype in _NUMPY.items()}
 
 
 class Code:
