@@ -46,20 +46,25 @@ class Board:
         return self.folder / f"{method}-{trial}-{seed}.sqlite"
 
     def ready(self) -> Iterator[Job]:
-        for method in self.methods:
-            if method.name in self.lost:
-                continue
-            if method.name in self.won:
-                wanted = [(self.won[method.name], seed, "test") for seed in range(self.seeds)]
-            else:
-                wanted = [(trial, 0, "validation") for trial in range(self.trials)]
-            for trial, seed, split in wanted:
-                key = (method.name, trial, seed, split)
-                starts = None if key in self.asked else self._starts(method, seed)
-                if starts is not None:
-                    self.asked.add(key)
-                    path = self._path(method.name, trial, seed)
-                    yield Job(method.name, trial, seed, split, path, starts)
+        """Each method's first before anyone's second: two workers with the same method would both
+        compile what one could find done."""
+        keys = [
+            (place, (method.name, trial, seed, split), starts)
+            for method in self.methods
+            if method.name not in self.lost
+            for place, (trial, seed, split) in enumerate(self._wanted(method.name))
+            if (method.name, trial, seed, split) not in self.asked
+            and (starts := self._starts(method, seed)) is not None
+        ]
+        for _, key, starts in sorted(keys, key=lambda k: k[0]):
+            self.asked.add(key)
+            name, trial, seed, split = key
+            yield Job(name, trial, seed, split, self._path(name, trial, seed), starts)
+
+    def _wanted(self, method: str) -> list[tuple[int, int, str]]:
+        if method in self.won:
+            return [(self.won[method], seed, "test") for seed in range(self.seeds)]
+        return [(trial, 0, "validation") for trial in range(self.trials)]
 
     def done(self, job: Job, result: dict[str, Any]) -> None:
         self.found[job.method, job.trial, job.seed, job.split] = result

@@ -40,6 +40,10 @@ class Workers:
         self.pool = ProcessPoolExecutor(
             count, started, initializer=_prepare, initargs=(order, self.heard)
         )
+        self._starts = threading.Thread(target=self._start, args=(count,))
+        self._starts.start()
+
+    def _start(self, count: int) -> None:
         for _ in range(count):
             self.pool.submit(_ready)
 
@@ -47,6 +51,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._starts.join()
         for process in list((self.pool._processes or {}).values()):
             process.terminate()
         self.pool.shutdown(wait=True, cancel_futures=True)

@@ -140,6 +140,7 @@ def chosen(pooled: bool, user: int) -> dict[Split, Array]:
     return result
 
 
+@cache
 def _load(pool: frozenset[int], user: int) -> Mapping[Split, Columns]:
     images, y = _originals()
     rng = np.random.default_rng([2, user])
