@@ -8,7 +8,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from kitestring import __version__
@@ -167,6 +169,8 @@ def _compare(given: argparse.Namespace, command: str) -> None:
     folder = given.out or Path("runs") / order.title
     from kitestring.comparison.progress import Progress
 
+    # The workers take longer to start than the plots' library to load.
+    Thread(target=import_module, args=("kitestring.report.page",), daemon=True).start()
     with Progress() as progress:
         comparison = compare(
             order, folder, resume=given.resume, fresh=given.fresh, workers=given.workers,

@@ -94,7 +94,11 @@ class Disk:
             self._db = sqlite3.connect(
                 path, isolation_level=None, timeout=10, check_same_thread=False
             )
+            # Trees are kilobytes each and a round writes megabytes: more than SQLite's own pages
+            # (4 KiB) and checkpoints (after 4 MB) are made for.
+            self._db.execute("PRAGMA page_size=16384")
             self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA wal_autocheckpoint=2000")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as problem:
