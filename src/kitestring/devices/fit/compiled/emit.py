@@ -231,6 +231,29 @@ class Emitter:
             width = half
         return vector
 
+    def sums(self, vectors: Sequence[Any], width: int) -> Any:
+        """A vector of the sums across so many vectors' lanes: a power of two, at most `width`.
+
+        Two vectors' halves are added side by side, so that each step works on whole vectors."""
+        parts, lanes = list(vectors), width
+        while lanes > 1:
+            half, some = lanes // 2, 1 if len(parts) == 1 else 2
+            pairs = [(parts[k], parts[k + some - 1]) for k in range(0, len(parts), some)]
+            starts = range(0, some * parts[0].type.count, lanes)
+            low = [start + lane for start in starts for lane in range(half)]
+            parts = [
+                self.b.fadd(
+                    self._lanes(v, w, low), self._lanes(v, w, [k + half for k in low]), FLAGS
+                )
+                for v, w in pairs
+            ]
+            lanes = half
+        return parts[0]
+
+    def _lanes(self, v: Any, w: Any, chosen: Sequence[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(I32, len(chosen)), list(chosen))
+        return self.b.shuffle_vector(v, w, mask)
+
     def _part(self, vector: Any, start: int, width: int) -> Any:
         if width == 1:
             return self.b.extract_element(vector, ir.Constant(I32, start))

@@ -24,6 +24,7 @@ REGISTERS = 24 if _WIDE else 6  # accumulators of a tile
 DOT = (6, 4) if _WIDE else (3, 2)  # rows and columns of a tile of dot products
 _PACK = 4 * WIDTH  # rows of a from which copying b pays
 _CACHED = 2**18  # floats that stay in a core's cache
+_NEAR = 2**13  # floats that stay in the first cache
 _DEEP = 256  # of the shared dimension at a time, so that a panel of b stays in the cache
 
 
@@ -182,39 +183,52 @@ class _Tile:
             whole = self.read(view, spot, r, c, lane, WIDTH)
             return e.b.select(e.lanes_from(WIDTH - rest), whole, e.number(0.0, "f32", WIDTH))
 
-        def cell(i: Any, rows: int) -> None:
-            def across(j: Any, count: int) -> None:
-                pairs = [(r, c) for r in range(rows) for c in range(count)]
-                totals = {p: e.variable(e.kind("f32", WIDTH)) for p in pairs}
-                for total in totals.values():
-                    e.b.store(e.number(0.0, "f32", WIDTH), total)
+        def cell(i: Any, rows: int, j: Any, count: int) -> None:
+            totals = {
+                (r, c): e.variable(e.kind("f32", WIDTH)) for r in range(rows) for c in range(count)
+            }
+            for total in totals.values():
+                e.b.store(e.number(0.0, "f32", WIDTH), total)
 
-                def step(a: list[Any], b: list[Any]) -> None:
-                    for r, c in pairs:
-                        total = totals[r, c]
-                        e.b.store(e.fma(a[r], b[c], e.b.load(total)), total)
+            def step(a: list[Any], b: list[Any]) -> None:
+                for (r, c), total in totals.items():
+                    e.b.store(e.fma(a[r], b[c], e.b.load(total)), total)
 
-                def spots(k: Any) -> tuple[Any, Any]:
-                    return self.spot(self.a, i, k), self.spot(self.b, k, j)
+            def spots(k: Any) -> tuple[Any, Any]:
+                return self.spot(self.a, i, k), self.spot(self.b, k, j)
 
-                with e.loop(self.k - rest, step=WIDTH) as k:
-                    left, right = spots(k)
-                    step(
-                        [self.read(self.a, left, r, 0, 1, WIDTH) for r in range(rows)],
-                        [self.read(self.b, right, 0, c, 0, WIDTH) for c in range(count)],
-                    )
-                if rest:
-                    left, right = spots(i64(self.k - WIDTH))
-                    step(
-                        [tail(self.a, left, r, 0, 1) for r in range(rows)],
-                        [tail(self.b, right, 0, c, 0) for c in range(count)],
-                    )
-                sums = {
-                    (r, c, 1): e.across("sum", e.b.load(total), WIDTH)
-                    for (r, c), total in totals.items()
-                }
-                self.finish(sums, i, j)
+            with e.loop(self.k - rest, step=WIDTH) as k:
+                left, right = spots(k)
+                step(
+                    [self.read(self.a, left, r, 0, 1, WIDTH) for r in range(rows)],
+                    [self.read(self.b, right, 0, c, 0, WIDTH) for c in range(count)],
+                )
+            if rest:
+                left, right = spots(i64(self.k - WIDTH))
+                step(
+                    [tail(self.a, left, r, 0, 1) for r in range(rows)],
+                    [tail(self.b, right, 0, c, 0) for c in range(count)],
+                )
+            sums = {}
+            for r in range(rows):
+                for c, width in vectors(count):
+                    some = [e.b.load(totals[r, c + k]) for k in range(width)]
+                    one = width == 1
+                    total = e.across("sum", some[0], WIDTH) if one else e.sums(some, WIDTH)
+                    sums[r, c, width] = total
+            self.finish(sums, i, j)
 
-            runs(e, self.n, max(1, REGISTERS // rows), across)
+        if self.m * self.k <= _NEAR:  # then only b has to come from further away, and once
 
-        runs(e, self.m, REGISTERS // 2, cell)
+            def down(j: Any, count: int) -> None:
+                runs(e, self.m, high, lambda i, rows: cell(i, rows, j, count))
+
+            high = -(-self.m // -(-self.m // DOT[0]))
+            runs(e, self.n, REGISTERS // high, down)
+        else:
+
+            def along(i: Any, rows: int) -> None:
+                most = max(1, REGISTERS // rows)
+                runs(e, self.n, most, lambda j, count: cell(i, rows, j, count))
+
+            runs(e, self.m, REGISTERS // 2, along)
