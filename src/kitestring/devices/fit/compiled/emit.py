@@ -97,12 +97,15 @@ class Emitter:
 
     def vectors(self, count: int, body: Callable[[Any, int], None], again: bool = False) -> None:
         """`body(i, width)` over `count` elements: whole vectors in a loop, then what is left. With
-        `again` that is one more vector, which computes some elements twice."""
+        `again` that is one more vector, which computes some elements twice. Less than a vector
+        is one of its own width."""
         if count >= WIDTH:
             with self.loop(count - count % WIDTH, step=WIDTH) as i:
                 body(i, WIDTH)
             if again and count % WIDTH:
                 return body(i64(count - WIDTH), WIDTH)
+        elif count > 1:
+            return body(i64(0), count)
         for start, width in blocks(count, WIDTH):
             body(i64(start), width)
         return None
@@ -226,9 +229,14 @@ class Emitter:
             return self.b.call(f, [f32(-0.0), vector], fastmath=("reassoc", "nsz"))
         while width > 1:
             half = width // 2
-            low = self._part(vector, 0, half)
-            vector = self.fold(op, low, self._part(vector, half, half), half)
-            width = half
+            low, high = self._part(vector, 0, half), self._part(vector, half, half)
+            found = self.fold(op, low, high, half)
+            if width % 2:
+                last = self.lane(vector, width - 1, width)
+                first = self.fold(op, self.lane(found, 0, half), last, 1)
+                zero = ir.Constant(I32, 0)
+                found = first if half == 1 else self.b.insert_element(found, first, zero)
+            vector, width = found, half
         return vector
 
     def sums(self, vectors: Sequence[Any], width: int) -> Any:

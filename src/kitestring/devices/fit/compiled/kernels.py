@@ -158,7 +158,7 @@ def reduction(op: str, out: View, value: Value, dims: Sequence[int]) -> Kernel:
         with ExitStack() as stack:
             outer = [stack.enter_context(e.loop(shape[d])) for d in kept]
             if best in dims:
-                width = min(WIDTH, _power(size))
+                width = min(WIDTH, size)
                 wide, narrow = fresh(width), fresh(1)
                 with ExitStack() as inside:
                     index = [inside.enter_context(e.loop(shape[d])) for d in gone]
@@ -185,11 +185,6 @@ def reduction(op: str, out: View, value: Value, dims: Sequence[int]) -> Kernel:
         return None
 
     return kernel("reduction", emit, op, out, value, list(dims))
-
-
-def _power(n: int) -> int:
-    """The largest power of two that is not above n."""
-    return int(1 << (n.bit_length() - 1))
 
 
 def take_rows(out: View, table: View, ids: View, wrong: View) -> Kernel:

@@ -105,8 +105,7 @@ def grow(e: Emitter, totals: Sequence[Any], scalar: Any, others: Sequence[tuple[
 
 def vectors(count: int) -> list[tuple[int, int]]:
     """(start, width) of the vectors that make up so many columns."""
-    whole = [(k, WIDTH) for k in range(0, count - count % WIDTH, WIDTH)]
-    return whole + blocks(count, WIDTH)
+    return [(k, min(WIDTH, count - k)) for k in range(0, count, WIDTH)]
 
 
 class _Tile:
@@ -211,7 +210,7 @@ class _Tile:
                 )
             sums = {}
             for r in range(rows):
-                for c, width in vectors(count):
+                for c, width in blocks(count, 2 * WIDTH):
                     some = [e.b.load(totals[r, c + k]) for k in range(width)]
                     one = width == 1
                     total = e.across("sum", some[0], WIDTH) if one else e.sums(some, WIDTH)
