@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import sys
@@ -125,6 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command() -> int:
+    """What a shell runs: `main`, then an end that does not search all of torch for cycles again."""
+    status = main()
+    gc.freeze()
+    return status
+
+
 def _fail(line: str, status: int = 2) -> int:
     print(f"kitestring: {line}", file=sys.stderr)
     return status
@@ -234,4 +242,4 @@ def _need_extra() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command())
