@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def command() -> int:
+def run() -> int:
     """What a shell runs: `main`, then an end that does not search all of torch for cycles again."""
     status = main()
     gc.freeze()
@@ -242,4 +242,4 @@ def _need_extra() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command())
+    raise SystemExit(run())
