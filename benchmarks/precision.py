@@ -179,12 +179,8 @@ def page() -> Iterator[str]:
     )
     yield ""
     yield from accuracy()
-    yield from (
-        "",
-        "## Speed",
-        "",
-        "Client updates a second in one process with one thread, each way",
-    )
+    yield from ("", "## Speed", "")
+    yield "Client updates a second in one process with one thread, each way"
     yield from ("on devices it meets for the first time: making their rows counts too.", "")
     yield from speed()
     yield from (

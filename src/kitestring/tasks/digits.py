@@ -9,7 +9,7 @@ digits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,7 @@ def chosen(pooled: bool, user: int) -> dict[Split, Array]:
     return result
 
 
-@cache
+@lru_cache(maxsize=1000)  # some 15 MB: each split is asked for by itself
 def _load(pool: frozenset[int], user: int) -> Mapping[Split, Columns]:
     images, y = _originals()
     rng = np.random.default_rng([2, user])

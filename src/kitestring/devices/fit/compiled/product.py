@@ -77,24 +77,21 @@ def runs(e: Emitter, n: int, most: int, body: Callable[[Any, int], None]) -> Non
     own, so a few more runs are better where nothing is."""
     least = -(-n // most)
     even = (count for count in range(least, least + least // 3 + 1) if n % count == 0)
-    length = -(-n // next(even, least))
+    _in_turn(e, n, -(-n // next(even, least)), body)
+
+
+def stripes(e: Emitter, n: int, body: Callable[[Any, int], None]) -> None:
+    """n columns, as many at a time as a tile has, then those that are left."""
+    _in_turn(e, n, COLUMNS * WIDTH, body)
+
+
+def _in_turn(e: Emitter, n: int, length: int, body: Callable[[Any, int], None]) -> None:
     whole = n - n % length
     if whole:
         with e.loop(whole, step=length) as i:
             body(i, length)
     if n % length:
         body(i64(whole), n % length)
-
-
-def stripes(e: Emitter, n: int, body: Callable[[Any, int], None]) -> None:
-    """n columns, as many at a time as a tile has, then those that are left."""
-    most = COLUMNS * WIDTH
-    whole = n - n % most
-    if whole:
-        with e.loop(whole, step=most) as j:
-            body(j, most)
-    if n % most:
-        body(i64(whole), n % most)
 
 
 def grow(e: Emitter, totals: Sequence[Any], scalar: Any, others: Sequence[tuple[Any, int]]) -> None:
