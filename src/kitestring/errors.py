@@ -8,6 +8,7 @@ KitestringError
 │   ├── Undeclared    something crossed that the collaboration did not declare
 │   ├── BadReply      a device's reply that cannot be used
 │   └── BadBytes      bytes that are not a packed message
+├── PackageError      a package: damaged, of a foreign key, for another runtime, or not as its maker's
 ├── NoReplies         nobody, or too few, answered, again and again
 └── RunError          a run on disk: unfinished, foreign, damaged, or no room for it
 """
@@ -49,6 +50,9 @@ class BadReply(ProtocolError): ...
 
 
 class BadBytes(ProtocolError): ...
+
+
+class PackageError(KitestringError): ...
 
 
 class NoReplies(KitestringError): ...
