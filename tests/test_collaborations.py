@@ -31,7 +31,8 @@ from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.profiles import PROFILES
 from kitestring.engines.hands import InProcess, Reply
 from kitestring.engines.local import LocalEngine, Setting
-from kitestring.engines.strict import OtherProcess, Pipe
+from kitestring.engines.pipe import Pipe
+from kitestring.engines.strict import OtherProcess
 from kitestring.exchange import wire
 from kitestring.exchange.store import Store
 from kitestring.tasks.population import DeviceUsers, pool_rows

@@ -33,7 +33,8 @@ from kitestring.core import (
 from kitestring.devices.profiles import PROFILES, Profile
 from kitestring.engines.hands import Reply
 from kitestring.engines.local import LocalEngine, Setting
-from kitestring.engines.strict import OtherProcess, Pipe
+from kitestring.engines.pipe import Pipe
+from kitestring.engines.strict import OtherProcess
 from kitestring.errors import BadBytes, BadReply, NoReplies, RunError, TaskError, Undeclared
 from kitestring.exchange import wire
 

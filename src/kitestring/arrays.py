@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, TypeAlias
 
 import numpy as np
 
 Array: TypeAlias = Any
 """A numpy array; engines turn it into whatever computes, without a copy where they can."""
+
+
+def one_step(f: Callable[..., Array]) -> Callable[..., Array]:
+    """A function whose result's shape follows from values or from how many rows there are.
+
+    Who records what a device does (`kitestring.package.record`) keeps it as one step."""
+
+    @wraps(f)
+    def call(*given: Any) -> Array:
+        for a in given:
+            if hasattr(a, "__record__"):
+                return a.__record__(f, given)
+        return f(*given)
+
+    return call
+
+
+@one_step
+def real(n: Array, width: int) -> Array:
+    """[D, width]: which rows there are."""
+    return np.arange(width)[None] < n[:, None]
+
+
+@one_step
+def fullest(wide: Array, n: Array) -> Array:
+    """As many columns of [D, L] as the device with the most rows needs, one at least."""
+    return wide[:, : max(1, int(n.max(initial=0)))]
 
 
 class Tree(dict[str, Any]):
@@ -180,7 +208,7 @@ class Rows:
         return Rows(self.values[devices], self.n[devices])
 
     def mask(self) -> Array:
-        return np.arange(self.shape[1])[None] < self.n[:, None]
+        return real(self.n, self.shape[1])
 
     def take(self, index: Array, n: Array) -> Rows:
         """Rows `index` [D, M] of each device, of which the first `n` are real."""
@@ -188,13 +216,15 @@ class Rows:
 
     def keep(self, chosen: Array) -> Rows:
         """The real rows where `chosen` [D, L], moved to the front in their order."""
-        chosen = chosen & self.mask()
-        n = chosen.sum(axis=1)
-        order = np.argsort(~chosen, axis=1, stable=True)
-        return self.take(order[:, : max(1, int(n.max(initial=0)))], n)
+        return _front(self.values, chosen & self.mask())
 
     def concat(self, other: Rows) -> Rows:
         """This one's real rows, then the other's."""
         both = np.concatenate([self.values, other.values], axis=1)
-        real = np.concatenate([self.mask(), other.mask()], axis=1)
-        return Rows(both, np.full(len(both), both.shape[1])).keep(real)
+        return _front(both, np.concatenate([self.mask(), other.mask()], axis=1))
+
+
+def _front(values: Array, chosen: Array) -> Rows:
+    n = chosen.sum(axis=1)
+    order = fullest(np.argsort(~chosen, axis=1, stable=True), n)
+    return Rows(values, n).take(order, n)

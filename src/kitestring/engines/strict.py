@@ -2,9 +2,9 @@
 
 `OtherProcess` are hands for `LocalEngine` through which nothing passes but packed messages, a
 device's own rows on first contact, and names: the collaboration with its settings, and the function
-that makes the programs that a device has installed. What device code could only reach in memory is
-not there. A frame on the pipe is a JSON header and packed parts; what crosses must be as long as it
-is billed.
+that makes the programs that a device has installed; no names either where the process runs a
+package. What device code could only reach in memory is not there. What crosses must be as long as
+it is billed.
 """
 
 from __future__ import annotations
@@ -12,40 +12,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
-import select
-import struct
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from kitestring import errors
-from kitestring.core import Array, Decision, Message, Rows, Tree
-from kitestring.devices.session import DeviceSession, Primitives
+from kitestring.core import Array, Decision, Message, Tree
+from kitestring.devices.session import Primitives
+from kitestring.devices.side import DeviceSide, Opened, listen
 from kitestring.engines.hands import Population, Reply
-from kitestring.errors import BadBytes, BadReply, KitestringError, RunError, TaskError
+from kitestring.engines.pipe import Pipe
+from kitestring.errors import BadBytes, TaskError
 from kitestring.exchange import wire
-
-Parts = Sequence[bytes]
-Header = dict[str, Any]
-
-
-def _frame(header: Header, parts: Parts) -> bytes:
-    head = json.dumps({**header, "parts": [len(p) for p in parts]}).encode()
-    return b"".join([struct.pack("<I", len(head)), head, *parts])
-
-
-def _parse(read: Callable[[int], bytes]) -> tuple[Header, list[bytes]]:
-    """`read(n)` gives exactly n bytes or raises."""
-    (length,) = struct.unpack("<I", read(4))
-    header: Header = json.loads(read(length))
-    return header, [read(n) for n in header.pop("parts")]
+from kitestring.exchange.frames import Header, Parts
 
 
 def _resolve(name: str) -> Any:
@@ -75,108 +56,10 @@ def _made(reference: Header) -> Any:
     return _resolve(reference["name"])(**reference["settings"])
 
 
-class Pipe:
-    """Another Python process, spoken to in frames. One that dies or is late is a `RunError`."""
-
-    def __init__(self, timeout: float = 60.0) -> None:
-        self.timeout = timeout
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-m", "kitestring.engines.strict"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-            bufsize=0,
-        )
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
-
-    def call(self, where: str, header: Header, *parts: bytes) -> tuple[Header, list[bytes]]:
-        """Ask and wait; `where` names device and verb in errors."""
-        if self._process is None:
-            raise RunError("the device process has ended", where)
-        until = time.monotonic() + self.timeout
-        try:
-            self._write(_frame(header, parts), until)
-            answer, back = _parse(lambda n: self._read(n, until))
-        except TimeoutError:
-            self.close(kill=True)
-            what = f"the device process did not answer within {self.timeout:g} s"
-            raise RunError(what, where) from None
-        except (EOFError, BrokenPipeError):
-            raise self._death(where) from None
-        except BaseException:  # half a frame is of no use to anybody: an interrupt, or not JSON
-            self.close(kill=True)
-            raise
-        if "error" in answer:
-            kind = getattr(errors, answer["error"], None)
-            if isinstance(kind, type) and issubclass(kind, KitestringError):
-                raise kind(answer["text"], where)
-            raise BadReply(f"{answer['error']}: {answer['text']}", where)
-        return answer, back
-
-    def _write(self, blob: bytes, until: float) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        fd, rest = self._process.stdin.fileno(), memoryview(blob)
-        while rest:
-            if not select.select([], [fd], [], max(0.0, until - time.monotonic()))[1]:
-                raise TimeoutError
-            rest = rest[os.write(fd, rest[:65536]) :]
-
-    def _read(self, count: int, until: float) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        fd, blob = self._process.stdout.fileno(), bytearray()
-        while len(blob) < count:
-            if not select.select([fd], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise TimeoutError
-            got = os.read(fd, min(count - len(blob), 2**20))
-            if not got:
-                raise EOFError
-            blob += got
-        return bytes(blob)
-
-    def _death(self, where: str) -> RunError:
-        assert self._process is not None
-        code = None
-        try:
-            code = self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
-        self.close(kill=True)
-        last = f": {said[-1].strip()}" if said else ""
-        return RunError(f"the device process died (exit code {code}){last}", where)
-
-    def close(self, kill: bool = False) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        assert process.stdout is not None
-        if kill:
-            process.kill()
-        process.stdin.close()  # at the end of its input it leaves
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-        self._errors.close()
-
-    def __enter__(self) -> Pipe:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self.close()
-
-
 class OtherProcess:
     """Hands that compute elsewhere; `programs(**arguments)`, by name, makes what devices installed.
+
+    Without `programs` the process behind the pipe runs a package, and is told no names.
 
     `crossed` counts the packed bytes of messages, for tests to hold against the ledger. The pipe
     carries one question at a time, so an engine's other workers are of no use here."""
@@ -185,26 +68,27 @@ class OtherProcess:
 
     def __init__(
         self,
-        programs: str,
+        programs: str | None,
         arguments: Mapping[str, Any],
         population: Population,
         pipe: Pipe | None = None,
         timeout: float = 60.0,
     ) -> None:
         self.crossed: Counter[str] = Counter()
-        self._programs: Header = {"name": programs, "settings": dict(arguments)}
+        self._programs: Header | None = None
+        if programs is not None:
+            self._programs = {"name": programs, "settings": dict(arguments)}
         self._population, self._owns = population, pipe is None
-        self._pipe = pipe or Pipe(timeout)
+        self._pipe = pipe or Pipe(timeout=timeout)
         self._met: set[tuple[int, str]] = set()
         self._calling: Array = np.zeros(0, bool)
 
     def open(self, collaboration: Any, seed: int) -> None:
         self._met.clear()
         self._name = type(collaboration).__name__
-        header = {
-            "op": "open", "seed": seed,
-            "collaboration": _reference(collaboration), "programs": self._programs,
-        }  # fmt: skip
+        header: Header = {"op": "open", "seed": seed}
+        if self._programs is not None:
+            header |= {"collaboration": _reference(collaboration), "programs": self._programs}
         self._pipe.call(f"{self._name}, open", header)
 
     def _rows(self, device: int, split: str, asked: str) -> list[bytes]:
@@ -267,10 +151,12 @@ class OtherProcess:
     def decide(
         self, service: Any, ids: Array, split: str, deployed: Message
     ) -> tuple[Decision, Array]:
-        reference = _reference(service)
+        header: Header = {"op": "decide", "split": split}
+        if self._programs is not None:
+            header["service"] = _reference(service)
         found = self._each(
             "decide", ids, deployed,
-            lambda device: {"op": "decide", "service": reference, "split": split},
+            lambda device: header,
             lambda device: self._rows(device, split, f"requests.{split}"),
         )  # fmt: skip
         return self._decision(ids, found)
@@ -308,141 +194,19 @@ class OtherProcess:
         self.close()
 
 
-@dataclasses.dataclass
-class _Entry:
-    """The journal of one device's last reply; `arrived`: the cloud has it, if the round stands."""
+@cache
+def _installed(reference: str) -> Primitives:
+    """The programs, made once for each set of arguments."""
+    from kitestring.devices.fit.compute import TorchCompute, thread_per_process
 
-    serial: int
-    before: Tree | None
-    after: Tree
-    arrived: bool = False
-
-
-class _DeviceSide:
-    """What runs in the other process. One method for each kind of frame."""
-
-    def __init__(self) -> None:
-        self._computes: dict[str, Primitives] = {}
-
-    def open(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        self._compute = self._installed(header["programs"])
-        self._collaboration, self._seed = _made(header["collaboration"]), header["seed"]
-        self._own: dict[tuple[int, str], Tree] = {}
-        self._private: dict[int, Tree] = {}
-        self._journal: dict[int, _Entry] = {}
-        self._asked: dict[int, tuple[Any, Tree, Decision, DeviceSession]] = {}
-        return {}, []
-
-    def _installed(self, reference: Header) -> Primitives:
-        """The programs, made once for each set of arguments."""
-        key = json.dumps(reference, sort_keys=True)
-        if key not in self._computes:
-            from kitestring.devices.fit.compute import TorchCompute, thread_per_process
-
-            thread_per_process()
-            self._computes[key] = TorchCompute(_made(reference))
-        return self._computes[key]
-
-    def _session(self, header: Header, parts: Parts, what: str, serial: int) -> DeviceSession:
-        device = header["device"]
-        if header["first"]:
-            self._own[device, what] = wire.stack([wire.unpack(parts[0])]).data
-        data = self._own[device, what]
-        session = DeviceSession(self._compute, np.array([device]), self._seed, serial, data, Tree())
-        kept = self._private.get(device)
-        session.private = self._collaboration.install(session) if kept is None else kept
-        return session
-
-    def reply(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        device, serial = header["device"], header["serial"]
-        # Asked again, or never told that its last reply arrived: it starts from `before`.
-        self._roll_back(device)
-        session = self._session(header, parts, "own", serial)
-        down = wire.stack([wire.unpack(parts[-1])])
-        up, after = self._collaboration.reply(header["verb"], down, session)
-        blob = wire.pack(up, 0)
-        before = self._private.get(device)
-        if after:
-            after = wire.stack_trees([wire.unpack_tree(wire.pack_tree(after))])
-            self._journal[device] = _Entry(serial, before, after)
-            self._private[device] = after
-        return {"flops": float(session.flops[0])}, [blob]
-
-    def _roll_back(self, device: int) -> None:
-        entry = self._journal.pop(device, None)
-        if entry is not None and entry.before is None:
-            del self._private[device]
-        elif entry is not None and entry.before is not None:
-            self._private[device] = entry.before
-
-    def settle(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        for device, good in zip(header["ids"], header["good"], strict=True):
-            entry = self._journal.get(device)
-            if entry is not None and entry.serial == header["serial"]:
-                entry.arrived = good
-        return {}, []
-
-    def end(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        for device, entry in list(self._journal.items()):
-            if not (header["kept"] and entry.arrived):
-                self._roll_back(device)
-        self._journal.clear()
-        return {}, []
-
-    def decide(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        service = _made(header["service"])
-        session = self._session(header, parts, f"requests.{header['split']}", 0)
-        deployed = wire.stack([wire.unpack(parts[-1])]).parameters
-        decision = service.decide(session, deployed)
-        return self._decided(header["device"], service, deployed, decision, session)
-
-    def merge(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        service, deployed, decision, session = self._asked[header["device"]]
-        session.flops = np.zeros(1)
-        down = wire.stack([wire.unpack(parts[-1])])
-        merged = service.merge(session, deployed, decision, down)
-        return self._decided(header["device"], service, deployed, merged, session)
-
-    def _decided(
-        self, device: int, service: Any, deployed: Tree, decision: Decision, session: DeviceSession
-    ) -> tuple[Header, Parts]:
-        self._asked[device] = (service, deployed, decision, session)
-        send = Rows(decision.send, np.array([decision.send.shape[1]]))
-        blobs = [
-            wire.pack(Message(features=decision.answer), 0),
-            wire.pack(Message(features=Tree(send=send)), 0),
-            wire.pack(decision.up, 0),
-        ]
-        return {"flops": float(session.flops[0])}, blobs
-
-    def private(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        return {}, [wire.pack_tree(self._private.get(header["device"], Tree()))]
+    thread_per_process()
+    return TorchCompute(_made(json.loads(reference)))
 
 
-def _exactly(count: int) -> bytes:
-    blob = sys.stdin.buffer.read(count)
-    if len(blob) < count:
-        raise EOFError
-    return blob
-
-
-def main() -> None:
-    """Answer frames until there are no more. What device code prints goes to stderr."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    here = _DeviceSide()
-    while True:
-        try:
-            header, parts = _parse(_exactly)
-        except EOFError:
-            return
-        try:
-            answer, back = getattr(here, header["op"])(header, parts)
-        except Exception as problem:
-            answer, back = {"error": type(problem).__name__, "text": str(problem)}, []
-        out.write(_frame(answer, back))
-        out.flush()
+def _open(header: Header) -> Opened:
+    compute = _installed(json.dumps(header["programs"], sort_keys=True))
+    return Opened(_made(header["collaboration"]), compute, header["collaboration"]["name"])
 
 
 if __name__ == "__main__":
-    main()
+    listen(DeviceSide(_open, lambda header: _made(header["service"])))

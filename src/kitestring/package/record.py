@@ -27,7 +27,7 @@ _RENAMED = {"amax": "max", "amin": "min"}
 
 @dataclass(frozen=True)
 class Call:
-    """A primitive that a plan calls, with examples of the columns it was given."""
+    """A primitive that a plan calls, with examples of the columns and cotangents it was given."""
 
     primitive: str
     program: str
@@ -35,7 +35,7 @@ class Call:
     recipe: Recipe | None = None
     centre: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
-    cotangents: tuple[str, ...] = ()
+    cotangents: Mapping[str, Rows] = field(default_factory=dict)
 
 
 class Recorder:
@@ -103,7 +103,16 @@ class Recorder:
             if wanted.intersection(numbers(step.out)):
                 wanted.update(numbers([*step.args, step.kwargs]))
                 kept.append(step)
-        return Plan(self.name, self.given(inputs), tuple(reversed(kept)), self.given(outputs))
+        needed = _needed(self.given(inputs), wanted)
+        return Plan(self.name, needed, tuple(reversed(kept)), self.given(outputs))
+
+
+def _needed(form: Any, wanted: set[int]) -> Any:
+    """The form of the inputs without the leaves that nothing uses."""
+    if "dict" not in form:
+        return form
+    parts = {k: part for k, part in form["dict"].items() if wanted.intersection(numbers(part))}
+    return {"dict": {k: _needed(part, wanted) for k, part in parts.items()}}
 
 
 def _of(thing: Any, i: int) -> Any:
@@ -275,7 +284,7 @@ class Recording:
         cotangent: Mapping[str, Rows] | None = None,
         row_weights: Array | None = None,
     ) -> tuple[Array, Tree, Tree]:
-        call = Call("backward", program, _of(rows, 0), cotangents=tuple(cotangent or ()))
+        call = Call("backward", program, _of(rows, 0), cotangents=_of(cotangent or {}, 0))
         self._of.calls.append(call)
         named = {"cotangent": cotangent, "row_weights": row_weights}
         form: Callable[[Any], Any] = lambda f: dict(zip(("loss", "w", "x"), f, strict=True))  # noqa: E731
@@ -299,7 +308,10 @@ def record(
     `devices` are examples: sessions of one device each, with different numbers of rows; `given`
     what each of them is given. Raises `TaskError` for code that no plan can hold."""
     recorder = Recorder(name, devices)
-    whole = [{**g, "own": Tree(d.data), "private": d.private} for g, d in zip(given, devices, strict=True)]
+    whole = [
+        {**g, "own": Tree(d.data), "private": d.private}
+        for g, d in zip(given, devices, strict=True)
+    ]
     inputs = recorder.inputs(whole)
     here = Recording(recorder, inputs["own"], inputs["private"])
     outputs = code({k: inputs[k] for k in given[0]}, here)

@@ -112,7 +112,8 @@ class CoDA:
         gift, start = dict(message.data), devices.private
         near = self._filter(own, gift, devices)
         gift = {k: r.keep(near) for k, r in gift.items()}
-        held = np.arange(own["x"].values.shape[1])[None] % 4 == 3
+        place = np.cumsum(np.ones_like(own["x"].mask(), np.int64), axis=1)
+        held = place % 4 == 0
         train = {k: r.keep(~held) for k, r in own.items()}
         # With too few rows to hold any back, all of them judge.
         some = (held & own["x"].mask()).any(1, keepdims=True)
@@ -134,8 +135,8 @@ class CoDA:
         a, b = (
             summary(devices.predict("front", front, {"x": rows["x"]})["h"]) for rows in (own, gift)
         )
-        label = Rows(np.ones(a.values.shape[:2], np.float32), a.n)
-        other = Rows(np.zeros(b.values.shape[:2], np.float32), b.n)
+        label = Rows(np.ones_like(a.mask(), np.float32), a.n)
+        other = Rows(np.zeros_like(b.mask(), np.float32), b.n)
         rows = {"h": a.concat(b), "y": label.concat(other)}
         adam = Recipe(lr=0.01, epochs=5, batch=self.batch, optimiser="adam")
         critic = devices.fit("critic", devices.initial("critic"), rows, adam, tag="critic")
@@ -175,8 +176,8 @@ def cluster(h: Rows, k: int, draw: Array) -> Array:
     """k-means prototypes [D, k, d] of each device's rows: a random start and five Lloyd steps."""
     x, real = h.values, h.mask()
     order = np.argsort(np.where(real, draw, 2), axis=1, stable=True)
-    start = order[:, np.arange(k) % order.shape[1]]
-    start = np.where(np.arange(k) < h.n[:, None], start, order[:, :1])
+    start = np.where(np.arange(k) < h.n[:, None], np.arange(k), 0)
+    start = np.take_along_axis(order, start, axis=1)
     centres = np.take_along_axis(x, start[..., None], axis=1)
     clean = np.where(real[..., None], x, 0)
     for _ in range(5):

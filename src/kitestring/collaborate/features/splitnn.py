@@ -142,11 +142,9 @@ class SplitNN:
 def draw(devices: Devices, batch: int) -> tuple[Array, Array]:
     """A minibatch without repetition: row numbers [D, batch], and how many of them count [D]."""
     rows = devices.data["x"]
-    width = rows.values.shape[1]
-    order = np.argsort(
-        np.where(rows.mask(), devices.uniform("batch", width), 2), axis=1, stable=True
-    )
-    wide = np.zeros((len(order), batch), np.int64)
-    wide[:, : min(batch, width)] = order[:, :batch]
+    drawn = devices.uniform("batch", rows.values.shape[1])
+    order = np.argsort(np.where(rows.mask(), drawn, 2), axis=1, stable=True)
     size = np.minimum(rows.n, batch)
-    return np.where(np.arange(batch) < size[:, None], wide, 0), size
+    counts = np.arange(batch) < size[:, None]
+    chosen = np.take_along_axis(order, np.where(counts, np.arange(batch), 0), axis=1)
+    return np.where(counts, chosen, 0), size

@@ -1,0 +1,1 @@
+"""Making packages: what a task and a collaboration come to on a device, recorded and exported."""
