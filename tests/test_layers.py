@@ -21,8 +21,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kitestring.core": ("errors", "arrays"),
     "kitestring.dice": ("errors", "core"),
     "kitestring.exchange": ("errors", "core", "dice"),
+    "kitestring.package": ("errors", "arrays", "core"),
     "kitestring.devices": ("errors", "core", "dice", "exchange"),
     "kitestring.devices.fit": ("errors", "core", "dice", "exchange", "devices"),
+    "kitestring.devices.runtime": ("errors", "core", "dice", "devices", "package"),
+    "kitestring.export": (
+        *("errors", "core", "dice", "package"),
+        *("devices", "devices.fit", "devices.runtime"),
+    ),
     "kitestring.cloud": ("errors", "core", "dice", "exchange"),
     "kitestring.collaborate": ("errors", "core", "dice"),
     "kitestring.engines": (
@@ -38,7 +44,14 @@ ANY, ON_TOP = "anywhere", "the layers on top"
 OUTSIDE: dict[str, tuple[str, ...]] = {
     "numpy": (ANY,),
     "llvmlite": ("kitestring.devices.fit.compiled",),
-    "torch": ("kitestring.devices.fit", "kitestring.tasks", "kitestring.apps"),
+    "cryptography": ("kitestring.package",),
+    "safetensors": ("kitestring.devices.runtime", "kitestring.pack"),
+    "onnxruntime": ("kitestring.devices.runtime", "kitestring.export", "kitestring.measure"),
+    "onnx": ("kitestring.export", "kitestring.pack", "kitestring.measure"),
+    "torch": (
+        *("kitestring.devices.fit", "kitestring.export", "kitestring.tasks", "kitestring.apps"),
+        *("kitestring.measure", "kitestring.partition"),
+    ),
     "sklearn": ("kitestring.tasks", "kitestring.apps"),
     "scipy": ("kitestring.tasks", "kitestring.apps"),
     "h5py": ("kitestring.tasks", "kitestring.apps"),

@@ -1,4 +1,4 @@
-"""The command line: `kitestring compare`, `kitestring report`, `kitestring tasks`."""
+"""The command line: what each command takes, and where it is done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitestring import __version__
 from kitestring.errors import KitestringError, SettingError
+from kitestring.pack import command as packing
 
 if TYPE_CHECKING:
     from kitestring.comparison.results import Comparison
@@ -51,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--trials", type=int, default=3, metavar="N", help="tuning trials for each (default 3)"
     )
-    what.add_argument("--hardware", default="phone", metavar="NAME", help="device class (phone)")
+    what.add_argument(
+        "--hardware", default="phone", metavar="NAME",
+        help="a size class (phone), a device of `kitestring measure --profiles`, or a profile file",
+    )  # fmt: skip
     what.add_argument(
         "--compute", choices=("auto", "compiled", "vmap", "sequential"), default="auto",
         help="how: native code for the model, all devices at once, one by one, or what is faster",
@@ -86,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="DIR", help="the folder that `compare` wrote")
     _judging(report)
     commands.add_parser("tasks", help="list the built-in tasks")
+    packing.add(commands)
     return top
 
 
@@ -106,9 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: done. 2: one line on standard error says what is wrong. 130: interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(arguments)
-    command = {"compare": _compare, "report": _report, "tasks": _tasks}[given.command]
     try:
-        command(given, "kitestring " + " ".join(_quoted(a) for a in arguments))
+        _COMMANDS[given.command](given, "kitestring " + " ".join(_quoted(a) for a in arguments))
     except KitestringError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -231,6 +235,12 @@ def _tasks(given: Any, command: str) -> None:
 
     for name, (_, about) in BUILT_IN.items():
         print(f"{name:12} {about}")
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, str], None]] = {
+    "compare": _compare, "report": _report, "tasks": _tasks,
+    "pack": packing.pack, "show": packing.show, "keys": packing.new_key,
+}  # fmt: skip
 
 
 def _need_extra() -> None:

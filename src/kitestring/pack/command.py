@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kitestring.package import archive, keys
+from kitestring.errors import SettingError
 from kitestring.units import size
 
 _KEY = Path("kitestring.key")
@@ -49,10 +50,15 @@ def add(commands: Any) -> None:
     new.add_argument("file", type=Path, metavar="FILE", help="the private key; FILE.pub beside it")
 
 
-def pack(given: argparse.Namespace) -> None:
+def pack(given: argparse.Namespace, command: str) -> None:
     """Build, sign and write. What is wrong with the key is told before the work."""
+    for module in ("torch", "onnx"):
+        if importlib.util.find_spec(module) is None:
+            mend = "Run: pip install 'kitestring[compare]'"
+            raise SettingError(f"packing needs {module}, which is not installed", mend=mend)
     from kitestring.pack.build import build
     from kitestring.pack.source import find
+    from kitestring.package import archive, keys
 
     key = keys.load(given.key)
     source = find(given.task, given.collaboration, given.set, given.seed)
@@ -65,14 +71,18 @@ def pack(given: argparse.Namespace) -> None:
     print(f"{path}: {size(path.stat().st_size)}")
 
 
-def keys_(given: argparse.Namespace) -> None:
+def new_key(given: argparse.Namespace, command: str) -> None:
+    from kitestring.package import keys
+
     public = keys.create(given.file)
     print(f"{given.file} signs packages: keep it to yourself")
     print(f"{given.file}.pub is for devices: {public}")
 
 
-def show(given: argparse.Namespace) -> None:
+def show(given: argparse.Namespace, command: str) -> None:
     """What the manifest says; with trusted keys, whether it is so and whether it runs here."""
+    from kitestring.package import archive, keys
+
     manifest = archive.unsigned(given.package)
     print("\n".join(_described(manifest, given.package)))
     if not given.trust:
