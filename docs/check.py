@@ -220,8 +220,11 @@ def commands(text: str) -> Iterator[tuple[int, str]]:
 
 
 def generate_help() -> str | None:
-    text = help_of("compare") if (PACKAGE / "cli.py").exists() else None
-    return None if text is None else f"\n```text\n{text.strip()}\n```\n\n"
+    if not (PACKAGE / "cli.py").exists():
+        return None
+    commands = re.findall(r"^    (\w+)\s", help_of() or "", re.M)
+    each = [f"## {name}\n\n```text\n{(help_of(name) or '').strip()}\n```\n" for name in commands]
+    return "\n" + "\n".join(each) + "\n"
 
 
 def generate_collaborations() -> str | None:
