@@ -201,13 +201,13 @@ def test_another_runtime_is_refused(
 def test_graphs_that_do_not_give_their_golden_outputs_are_refused(
     fedavg: Path, maker: Path
 ) -> None:
-    """One weight in a million of the smallest kind is not enough to be seen; one percent is. The
-    line names the graph, the output and the largest error."""
+    """By a hundredth more than the maker's change of a weight; by a millionth is float error. The
+    line names graph, output and largest error: 0.02 / 1.02 of the largest."""
     from safetensors.numpy import load as tensors
     from safetensors.numpy import save
 
     made = built("classes", "fedavg")
-    for factor, refused in ((1.01, True), (1 + 1e-6, False)):
+    for factor, refused in ((1.02, True), (1 + 1e-6, False)):
         golden = tensors(made.files["golden.safetensors"])
         (name,) = [k for k in golden if k.endswith("out.change back.weight")]
         golden[name] = (golden[name] * factor).astype(np.float32)
@@ -217,7 +217,7 @@ def test_graphs_that_do_not_give_their_golden_outputs_are_refused(
             with pytest.raises(PackageError) as caught:
                 loaded(package, maker)
             assert "fit of small does not give its golden outputs" in str(caught.value)
-            assert "change back.weight is off by 9.9e-03" in str(caught.value)
+            assert "change back.weight is off by 2.0e-02" in str(caught.value)
         else:
             loaded(package, maker)
 

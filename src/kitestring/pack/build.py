@@ -19,6 +19,7 @@ from kitestring.devices.runtime.compute import OrtCompute
 from kitestring.devices.runtime.golden import Golden
 from kitestring.devices.runtime.half import declared
 from kitestring.devices.runtime.load import RUNTIME
+from kitestring.export.builder import LEAST_RUNTIME
 from kitestring.export.graphs import Graph, backward_graph, predict_graph, step_graph
 from kitestring.pack.recording import plans
 from kitestring.pack.rehearse import rehearse
@@ -29,8 +30,6 @@ from kitestring.tasks.programs import programs, recorded_programs
 from kitestring.tasks.task import Recorded, Task
 
 _GOLDEN_ROWS = 5
-_LEAST = "1.17.0"
-"""The ONNX Runtime from which on graphs of this operator set and file version load."""
 Told = Callable[[str], None]
 
 
@@ -112,7 +111,7 @@ def _runtime(graphs: Mapping[str, bytes]) -> dict[str, Any]:
     models = [onnx.load_from_string(blob) for blob in graphs.values()]
     opset = max((o.version for m in models for o in m.opset_import), default=0)
     names = sorted({node.op_type for m in models for node in m.graph.node})
-    return {"name": RUNTIME, "least": _LEAST, "opset": opset, "operators": names}
+    return {"name": RUNTIME, "least": LEAST_RUNTIME, "opset": opset, "operators": names}
 
 
 def _programs(task: Task | Recorded, seed: int) -> Any:
