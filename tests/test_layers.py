@@ -45,7 +45,12 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "numpy": (ANY,),
     "llvmlite": ("kitestring.devices.fit.compiled",),
     "cryptography": ("kitestring.package",),
-    "safetensors": ("kitestring.devices.runtime", "kitestring.pack"),
+    "safetensors": (
+        *("kitestring.devices.runtime", "kitestring.pack"),
+        *("kitestring.measure", "kitestring.tasks"),
+    ),
+    "executorch": ("kitestring.export", "kitestring.measure"),
+    "llama_cpp": ("kitestring.export", "kitestring.measure"),
     "onnxruntime": ("kitestring.devices.runtime", "kitestring.export", "kitestring.measure"),
     "onnx": ("kitestring.export", "kitestring.pack", "kitestring.measure"),
     "torch": (

@@ -12,17 +12,20 @@ from kitestring.comparison.jobs import Bench
 from kitestring.comparison.methods import shown
 from kitestring.devices.fit.compute import How, known, usable
 from kitestring.devices.fit.programs import Precision
-from kitestring.devices.profiles import profile
+from kitestring.devices.profiles import fingerprint, profile
 from kitestring.errors import SettingError
 from kitestring.tasks.find import find, first_users
-from kitestring.tasks.programs import confidence
+from kitestring.tasks.programs import confidence, entropy
 from kitestring.tasks.tables import task_from_csv
 from kitestring.tasks.task import Recorded, Task
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to compare: plain values, kept with the run so that a resumed one is the same."""
+    """What to compare: plain values, kept with the run so that a resumed one is the same.
+
+    `profile_file` is set here: the fingerprint of a profile that is a file, so that a run is not
+    resumed with another device."""
 
     task: str = "digits"
     csv: str | None = None
@@ -37,6 +40,7 @@ class Order:
     device: str = "cpu"
     precision: Precision = "float32"
     lost: float = 0.0
+    profile_file: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("trials", 1), ("users", 4)):
@@ -47,6 +51,7 @@ class Order:
             raise SettingError(f"--lost {self.lost} is not a share", mend="Give a number in [0, 1)")
         shown(self.only)
         profile(self.profile)
+        object.__setattr__(self, "profile_file", fingerprint(self.profile))
         usable(self.device)
         known(self.precision)
 
@@ -95,6 +100,7 @@ def missing(task: Task | Recorded, programs: set[str], about: About) -> str | No
         has |= {"pool"} if task.users.pool else set()
         has |= {"split"} if "front" in programs else set()
         has |= {"confidence"} if confidence(task) else set()
+        has |= {"entropy"} if entropy(task) else set()
     for need in about.needs:
         if need not in has:
             return f"needs {NEEDS[need]}"

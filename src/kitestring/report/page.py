@@ -349,7 +349,7 @@ def _basis(comparison: Comparison, prices: Prices) -> str:
         for section in FIGURES.values()
         for name, means in section.items()
     )
-    profile = {name: plain(value) for name, value in comparison.profile.items()}
+    profile = {name: plain(value) for name, value in comparison.profile.items() if value}
     return (
         f"<h2>What it rests on</h2>\n<h3>Task</h3>\n{facts(data)}"
         f"<h3>Device profile {MODELLED}</h3>\n<p class='muted'>Latency, time and energy follow "
