@@ -20,7 +20,7 @@ import tiny
 from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.fit.programs import Program
-from kitestring.devices.fit.schedule import schedule
+from kitestring.devices.schedule import schedule
 from kitestring.errors import SettingError, TaskError
 from modules import FLOATING, MODULES, both, device, devices, keys, program
 

@@ -1,4 +1,4 @@
-"""What compiled code is made with: torch's draws, and code kept between runs."""
+"""What compiled code is made with: draws by the dice, and code kept between runs."""
 
 from __future__ import annotations
 
@@ -12,40 +12,59 @@ import torch
 from llvmlite import binding
 from torch import nn
 
+from kitestring import dice
 from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.fit.compiled import shelf
 from kitestring.devices.fit.compiled.build import Builder, compiled
-from kitestring.devices.fit.compiled.draws import Dice
+from kitestring.devices.fit.compiled.draws import draw
 from kitestring.devices.fit.compiled.emit import BYTES, i64
 from kitestring.devices.fit.compiled.memory import place
 from kitestring.devices.fit.compiled.views import Buffer, plain
 from kitestring.devices.fit.compute import TorchCompute
 from modules import keys, program
 
+STEP, PLACE = 70_000, 3
 
-@pytest.mark.parametrize(("rows", "length", "real"), [(1, 1, 1), (8, 39, 8), (40, 100, 33)])
-@pytest.mark.parametrize("chance", [0.7, 0.1, 1.0])
-def test_draws_are_those_of_torch(rows: int, length: int, real: int, chance: float) -> None:
-    """Three times in a row, over the ends of the 312 numbers that are made at a time."""
-    dice, out = Dice(), Buffer("out", "f32", rows * length, fixed=True)
-    size = place([*dice.buffers, out], [])
+
+def filled(rows: int, shape: tuple[int, ...], real: int, chance: float) -> Any:
+    """What native code draws for the real ones of some rows; it leaves alone what lies behind."""
+    out, other = (Buffer(name, "f32", int(np.prod(shape)), fixed=True) for name in ("out", "other"))
+    size = place([out, other], [])
     builder = Builder()
     e, numbers = builder.main()
-    memory, key = (e.b.load(e.b.gep(numbers, [i64(k)])) for k in range(2))
-    memory = e.b.inttoptr(memory, BYTES)
-    dice.seed(e, memory, key)
-    with e.loop(i64(3)):
-        view = plain(out, (rows, length))
-        dice.draw(e, memory, view, chance, i64(real), lambda: builder.call(e, memory, dice.twist()))
+    memory, key, step = (e.b.load(e.b.gep(numbers, [i64(k)])) for k in range(3))
+    where = e.b.inttoptr(memory, BYTES)
+    draw(e, where, (plain(out, shape), chance), key, step, PLACE, i64(real), rows)
     e.done()
     native = compiled(builder, size, {})
-    there, seed = native.memory(), 2**40 + 12345
-    native([there.ctypes.data, 2 * seed])
-    torch.manual_seed(seed)
-    for _ in range(3):
-        wanted = torch.empty(real, length).bernoulli_(chance)
-    found = there[out.at : out.at + 4 * real * length].view(np.float32)
-    assert np.array_equal(found, wanted.numpy().ravel())
+    there = native.memory()
+    native([there.ctypes.data, int(keys(1).view(np.int64)[0]), STEP])
+    assert not there[other.at :].any()
+    count = real * int(np.prod(shape)) // rows
+    return there[out.at : out.at + 4 * count].view(np.float32)
+
+
+@pytest.mark.parametrize(("rows", "shape", "real"), [
+    (1, (1, 1), 1), (8, (8, 39), 8), (40, (40, 100), 33), (4, (8, 5, 5), 3),
+])  # fmt: skip
+@pytest.mark.parametrize("chance", [0.7, 0.1, 1.0, 0.0])
+def test_draws_are_those_of_the_dice(
+    rows: int, shape: tuple[int, ...], real: int, chance: float
+) -> None:
+    """To the bit, where a row is several of the first dimension too."""
+    found = filled(rows, shape, real, chance)
+    numbers = dice.uniform(dice.drawn(keys(1), STEP, PLACE), found.size)[0]
+    assert np.array_equal(found, numbers < np.float32(chance))
+
+
+def test_a_draw_is_compared_as_a_float_is() -> None:
+    """The least of the numbers is not below itself, and is below the float that comes next."""
+    numbers = dice.uniform(dice.drawn(keys(1), STEP, PLACE), 1000)[0]
+    least = numbers.min()
+    assert least < 0.25, "or floats here would be as far apart as the numbers are"
+    assert not filled(1, (1, 1000), 1, float(least)).any()
+    above = filled(1, (1, 1000), 1, float(np.nextafter(least, np.float32(1))))
+    assert np.flatnonzero(above).tolist() == [numbers.argmin()]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from kitestring.comparison.order import Order
 from kitestring.core import Recipe, Tree
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.fit.programs import Program
-from kitestring.devices.fit.schedule import schedule
+from kitestring.devices.schedule import schedule
 from kitestring.errors import SettingError
 from modules import device, devices, keys, program
 

@@ -26,7 +26,7 @@ from kitestring.cloud.session import CloudSession
 from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.fit.programs import Program
-from kitestring.devices.fit.schedule import schedule
+from kitestring.devices.schedule import schedule
 from kitestring.errors import SettingError, TaskError
 from modules import both, device, devices, keys, program
 from told import told
@@ -388,15 +388,20 @@ class Recurrent(nn.Module):
 
 
 RANDOM: dict[str, Callable[[], nn.Module]] = {
-    "dropout": lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)),
+    "dropout": lambda: nn.Sequential(
+        nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 6), nn.Dropout(0.3), nn.Linear(6, 3)
+    ),
     "noise": lambda: nn.Sequential(nn.Linear(4, 8), Noise(), nn.Linear(8, 3)),
+    "noise and dropout": lambda: nn.Sequential(
+        nn.Linear(4, 8), Noise(), nn.Dropout(0.3), nn.Linear(8, 3)
+    ),
     "recurrent": Recurrent,
 }
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_a_modules_own_dice_are_seeded_for_each_device(kind: str) -> None:
-    """As by torch.manual_seed before each device's plain loop."""
+def test_a_modules_own_dice_are_each_devices_own(kind: str) -> None:
+    """A plain loop that drops out by hand, by `dice.drawn`; all else as by torch.manual_seed."""
     n, recipe = [4, 3], Recipe(0.05, 2, 2, momentum=0.5)
     _, _, rows = devices("mlp", n)
     made = program(RANDOM[kind]())
@@ -406,29 +411,52 @@ def test_a_modules_own_dice_are_seeded_for_each_device(kind: str) -> None:
     compiled = compute.explain("p") == "compiled"  # which draws what a dropout keeps itself
     assert compiled == (kind == "dropout")
     assert compiled or compute.explain("p").startswith("sequential")
+    one_by_one = TorchCompute({"p": made}, "sequential")
+    plainly = one_by_one.fit("p", weights, rows, recipe, key=keys(2)).parameters
     for d in range(2):
-        own = Program("p", _Seeded(made.module, int(keys(2)[d] >> np.uint64(1))), made.loss)
+        own = Program("p", _ByHand(made.module, keys(2)[d : d + 1]), made.loss)
         mine = {k: Rows(r.values[[d, d]], r.n[[d, d]] * [d == 0, d == 1]) for k, r in rows.items()}
         two = Tree({f"whole.{k}": a for k, a in weights.items()})
         ends = plain(own, two, mine, recipe)
+        assert all(np.array_equal(ends[f"whole.{k}"][d], a[d]) for k, a in plainly.items())
         for k, a in fit.parameters.items():
-            size = np.abs(a[d]).max()
-            room = STACKED * size if compiled else 0
+            room = STACKED * np.abs(a[d]).max() if compiled else 0
             assert np.abs(ends[f"whole.{k}"][d] - a[d]).max() <= room
 
 
-class _Seeded(nn.Module):
-    """Seeds torch once, before its first batch."""
+class _ByHand(nn.Module):
+    """Drops out by numbers written down for its step; seeds torch once, before its first."""
 
-    def __init__(self, whole: nn.Module, seed: int) -> None:
+    def __init__(self, whole: nn.Module, key: Any) -> None:
         super().__init__()
-        self.whole, self.seed, self.fresh = whole, seed, True
+        self.whole, self.key, self.step = whole, key, 0
 
     def forward(self, batch: Any) -> Any:
-        if self.fresh:
-            torch.manual_seed(self.seed)
-            self.fresh = False
-        return self.whole(batch)
+        if self.step == 0:
+            torch.manual_seed(int(self.key[0] >> np.uint64(1)))
+        self.step, self.place = self.step + 1, 0
+        inner, x = self.whole.inner, batch["x"]
+        if isinstance(inner, Recurrent):
+            return {"out": self.recurrent(inner.cell, x.unflatten(1, (2, 2)))}
+        assert isinstance(inner, nn.Sequential)
+        for layer in inner:
+            x = self.drop(x, layer.p) if isinstance(layer, nn.Dropout) else layer(x)
+        return {"out": x}
+
+    def recurrent(self, cell: nn.LSTM, x: Tensor) -> Tensor:
+        """Between its layers torch has the positions first, and then the rows."""
+        start = [torch.zeros(1, len(x), 3)] * 2
+        every: list[Any] = cell._flat_weights
+        first, second = every[:4], every[4:]
+        x = torch.lstm(x, start, first, True, 1, 0.0, True, False, True)[0]
+        x = self.drop(x.transpose(0, 1), cell.dropout).transpose(0, 1)
+        return torch.lstm(x, start, second, True, 1, 0.0, True, False, True)[0][:, -1]
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        key = dice.drawn(self.key, self.step - 1, self.place)
+        numbers = dice.uniform(key, x.numel())[0].reshape(x.shape)
+        self.place += 1
+        return x * (torch.from_numpy(numbers < np.float32(1 - p)).float() / (1 - p))
 
 
 @pytest.mark.parametrize("how", ["sequential", "vmap"])

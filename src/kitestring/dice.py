@@ -14,9 +14,10 @@ import numpy as np
 
 CLOUD = 2**40
 """The cloud's own id, beyond every device's."""
+_BLOCK = 2**14  # numbers made at a time: what lies between stays in the cache
 
 
-def _number(value: int) -> Any:
+def _number(value: Any) -> Any:
     """64 bits as an array without axes, which numpy adds to an array sooner than its scalars."""
     return np.array(value, np.uint64)
 
@@ -36,9 +37,14 @@ def _mix(x: Any) -> Any:
     return x
 
 
+def word(tag: str) -> int:
+    """The 64 bits that stand for a tag."""
+    return int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest(), "big")
+
+
 @lru_cache
 def _word(tag: str) -> Any:
-    return _number(int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest(), "big"))
+    return _number(word(tag))
 
 
 @lru_cache
@@ -54,6 +60,24 @@ def keys(seed: int, ids: Any, serial: int, tag: str) -> Any:
 
 
 def uniform(key: Any, n: int) -> Any:
-    """Numbers in [0, 1), float32 [D, n], from keys [D]."""
-    bits = _mix(key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _STEP)
+    """Numbers in [0, 1), float32 [D, n], from keys [D]. The first ones do not depend on n."""
+    if n <= _BLOCK:
+        return _numbers(key, 0, n)
+    blocks = [_numbers(key, at, min(n, at + _BLOCK)) for at in range(0, n, _BLOCK)]
+    return np.concatenate(blocks, axis=1)
+
+
+def _numbers(key: Any, start: int, stop: int) -> Any:
+    at = np.arange(start + 1, stop + 1, dtype=np.uint64)
+    bits = _mix(key[:, None] + at * _STEP)
     return (bits >> _40).astype(np.float32) / np.float32(2**24)
+
+
+def drawn(key: Any, step: Any, place: int) -> Any:
+    """Keys [D] for what a forward pass in training draws, from those [D] that its fit was given.
+
+    `step` counts the fit's minibatches from 0, on through its epochs: one number, or an array that
+    broadcasts against `key`. `place` counts the draws of the pass, from 0 in their order, below
+    65536. A dropout that keeps with chance p keeps element i (in C order, whatever the strides)
+    where `uniform(drawn(key, step, place), n)[d, i] < p`, compared as float32."""
+    return _mix(_mix(key ^ _word("draws")) ^ _number(step << 16 | place))

@@ -16,8 +16,8 @@ import numpy as np
 from kitestring.core import Array, Recipe, Rows, Tree
 from kitestring.devices.fit import sequential
 from kitestring.devices.fit.programs import Program
-from kitestring.devices.fit.schedule import schedule
 from kitestring.devices.fit.stopwatch import Stopwatch
+from kitestring.devices.schedule import schedule
 
 if TYPE_CHECKING:
     from kitestring.devices.fit.compiled.run import Code

@@ -16,8 +16,8 @@ from kitestring.devices.fit.check_native import native, shared
 from kitestring.devices.fit.compiled.views import Refused
 from kitestring.devices.fit.programs import CPU, Precision, Program
 from kitestring.devices.fit.recipes import check
-from kitestring.devices.fit.schedule import schedule
 from kitestring.devices.fit.stopwatch import Stopwatch
+from kitestring.devices.schedule import schedule
 from kitestring.errors import SettingError, unknown
 
 How = Literal["auto", "compiled", "sequential", "vmap"]

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitestring.core import Array, Rows, Tree
+from kitestring.devices.fit.dropout import Sources
 from kitestring.errors import TaskError
 
 Batch = Mapping[str, Tensor]
@@ -48,7 +48,7 @@ class Program:
     device: torch.device = CPU
     precision: Precision = "float32"
     _flops: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
-    _draws: list[bool] = field(default_factory=list, compare=False, repr=False)
+    _draws: list[Sources] = field(default_factory=list, compare=False, repr=False)
     _own: threading.local = field(default_factory=threading.local, compare=False, repr=False)
 
     def on(self, device: torch.device, precision: Precision) -> Program:
@@ -147,26 +147,11 @@ class Program:
             self._flops[key] = float(counter.get_total_flops())
         return self._flops[key]
 
-    def draws(self, trial: Callable[[], object]) -> bool:
-        """Whether `trial`, a forward pass in training, takes from torch's generator, as dropout
-        does. It is tried once."""
+    def draws(self, trial: Callable[[], Sources]) -> Sources:
+        """What a pass in training draws: what `trial` finds, which is called once."""
         if not self._draws:
-            with _Watch() as watch:
-                trial()
-            self._draws.append(watch.drew)
+            self._draws.append(trial())
         return self._draws[0]
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations of its thread, those inside of others too."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.drew = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.drew |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
 
 
 class _Untracked:

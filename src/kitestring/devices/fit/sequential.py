@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
+from kitestring.devices.fit.dropout import Draws, Sources, tried
 from kitestring.devices.fit.programs import Batch, Program, array
-from kitestring.devices.fit.schedule import Schedule
+from kitestring.devices.schedule import Schedule
 
-_DICE = threading.Lock()  # torch has one generator for all threads: who draws from it is alone
+_GENERATOR = threading.Lock()  # torch has one for all threads: who draws from it is alone
 
 
 def _unstacked(program: Program, stacked: Array) -> tuple[Tensor, ...]:
@@ -74,7 +75,8 @@ def fit(
     linear: Tree | None = None,
     seeds: Array,
 ) -> Fit:
-    """`seeds` [D] make a module's own randomness (dropout) a function of device and exchange."""
+    """`seeds` [D] make a module's own randomness a function of device and exchange: dropout by
+    `dice.drawn`, all else by torch's generator."""
     module, chosen = program.training, program.chosen(recipe.train)
     named = dict(module.named_parameters())
     for name, p in named.items():
@@ -86,21 +88,23 @@ def fit(
     shifts = _by_place(program, chosen, train, linear or {})
     optimiser = _optimiser(train, recipe)
     norms, losses = _norms(module), torch.zeros(len(plan.steps), device=program.device)
-    draws = _draws(program, rows, plan, recipe)
-    with _DICE if draws else nullcontext():
+    drawn = _drawn(program, rows, plan, recipe)
+    with _GENERATOR if drawn.generator else nullcontext():
         for d, total in enumerate(losses.unbind()):
             if plan.steps[d]:
                 stack.load(d)
                 _recount(program)
-                if draws:
+                if drawn.generator:
                     # Of every kind of device.
                     torch.manual_seed(int(seeds[d] >> np.uint64(1)))
+                own = Draws(seeds[d : d + 1], int(plan.steps[d]))
                 if optimiser is not None:
                     optimiser.state.clear()
                 pull = {i: leaves[d] for i, leaves in pulls.items()}
                 shift = {i: leaves[d] for i, leaves in shifts.items()}
-                for batch in _batches(program, rows, plan, recipe, d):
-                    loss = _loss(program, module, norms, batch)
+                for step, batch in enumerate(_batches(program, rows, plan, recipe, d)):
+                    with own.serving(step) if drawn.dice else nullcontext():
+                        loss = _loss(program, module, norms, batch)
                     _descend(loss, train, recipe, optimiser, pull, shift)
                     total.add_(loss.detach())
             stack.take(d, trained=plan.steps[d] > 0)
@@ -176,16 +180,18 @@ def _loss(
     return program.loss(_outputs(program, module, batch), batch).mean()
 
 
-def _draws(program: Program, rows: Mapping[str, Rows], plan: Schedule, recipe: Recipe) -> bool:
-    """Whether the module takes from torch's generator in training."""
+def _drawn(program: Program, rows: Mapping[str, Rows], plan: Schedule, recipe: Recipe) -> Sources:
+    """What the module draws in training."""
 
-    def trial() -> None:
+    def trial() -> Sources:
         module = program.training
         first = next(_batches(program, rows, plan, recipe, int(plan.steps.argmax())))
-        with _DICE:
-            _loss(program, module, _norms(module), first)
+        with _GENERATOR:
+            found = tried(lambda: _loss(program, module, _norms(module), first))
+        module.zero_grad()
+        return found
 
-    return bool(plan.steps.any()) and program.draws(trial)
+    return program.draws(trial) if plan.steps.any() else Sources(False, False)
 
 
 def _descend(

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit.programs import CPU, Program, array
-from kitestring.devices.fit.schedule import Schedule
+from kitestring.devices.schedule import Schedule
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s

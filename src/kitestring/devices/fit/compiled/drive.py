@@ -9,18 +9,16 @@ from typing import Any
 from llvmlite import ir
 
 from kitestring.devices.fit.compiled.build import Builder
-from kitestring.devices.fit.compiled.draws import Dice
+from kitestring.devices.fit.compiled.draws import Draw, draw
 from kitestring.devices.fit.compiled.emit import BYTES, F32, Emitter, i64
 from kitestring.devices.fit.compiled.kernels import Table
 from kitestring.devices.fit.compiled.layout import Layout
 from kitestring.devices.fit.compiled.order import shuffled
 from kitestring.devices.fit.compiled.update import update
-from kitestring.devices.fit.compiled.views import SIZES, Buffer, View
+from kitestring.devices.fit.compiled.views import SIZES, Buffer
 
 
-def drive(
-    builder: Builder, step: Any, layout: Layout, draws: Sequence[tuple[View, float]], dice: Dice
-) -> None:
+def drive(builder: Builder, step: Any, layout: Layout, draws: Sequence[Draw]) -> None:
     """for each device: load its weights; for each epoch, each batch: gather, step; store them.
 
     `draws` are filled before every step. Numbers given: devices, epochs, shuffle, memory, n, keys,
@@ -52,9 +50,6 @@ def drive(
     def at(buffer: Buffer, element: int = 0) -> Any:
         return b.gep(memory, [i64(buffer.at + element * SIZES[buffer.dtype])])
 
-    def twist() -> None:
-        builder.call(e, memory, dice.twist())
-
     def load_all(d: Any, which: Mapping[str, Any], to: Callable[[str], Any]) -> None:
         for name, (source, apart, *_) in which.items():
             first = e.pointer(source, "f32", b.mul(d, apart))
@@ -71,8 +66,7 @@ def drive(
         if not kind.simple:
             for name in ("first", "second"):
                 e.clear(at(layout.extra[name]), layout.trained_size)
-        if draws:
-            dice.seed(e, memory, e.load(keys, "i64", d))
+        key = e.load(keys, "i64", d)
         steps = b.sdiv(b.add(n, i64(kind.batch - 1)), i64(kind.batch))
         loss = e.variable(F32)
         b.store(ir.Constant(F32, 0.0), loss)
@@ -80,14 +74,15 @@ def drive(
         for p in powers:
             b.store(ir.Constant(ir.DoubleType(), 1.0), p)
         with e.loop(epochs) as epoch:
-            shuffled(e, order, n, e.load(keys, "i64", d), epoch, shuffle)
+            shuffled(e, order, n, key, epoch, shuffle)
             with e.loop(steps) as t:
                 first = b.mul(t, i64(kind.batch))
                 left = b.sub(n, first)
                 real = b.select(b.icmp_signed("<", left, i64(kind.batch)), left, i64(kind.batch))
                 _gather(e, layout, memory, sources, order, d, first, real)
-                for view, chance in draws:
-                    dice.draw(e, memory, view, chance, real, twist)
+                now = b.add(b.mul(epoch, steps), t)
+                for place, one in enumerate(draws):
+                    draw(e, memory, one, key, now, place, real, kind.batch)
                 b.call(step, [memory])
                 found = e.load(at(layout.loss), "f32", i64(0))
                 b.store(b.fadd(b.load(loss), found), loss)

@@ -8,7 +8,7 @@ from kitestring.devices.fit.compiled.kernels import Kernel
 from kitestring.devices.fit.compiled.views import SIZES, Buffer
 
 _LINE = 64  # bytes of a cache line, and of the widest vector
-_SLACK = 64  # that vectors may read past an end
+_SLACK = 64  # that vectors may reach past an end
 
 
 def place(fixed: Sequence[Buffer], kernels: Sequence[Kernel]) -> int:

@@ -285,8 +285,6 @@ def _strided(
 def _bernoulli(low: Lowering, node: Node, x: Value, p: float, *_: Any) -> Value:
     """Drawn before each step: what a dropout keeps."""
     shape = shape_of(node)
-    if not shape:
-        raise Refused("it draws one number for all rows")
     out = plain(Buffer("draw", "f32", max(1, prod(shape)), fixed=True), shape)
     low.draws.append((out, float(p)))
     return out
@@ -327,7 +325,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "cat": _cat, "slice_scatter": _scatter_part, "select_scatter": _scatter_part,
     "constant_pad_nd": _pad,
     "sum": _sum, "prims.sum": _sum, "amax": _extreme("amax"), "amin": _extreme("amin"),
-    "any": _any, "bernoulli": _bernoulli, "linalg_vector_norm": _norm, "repeat": _repeat,
+    "any": _any, "bernoulli.p": _bernoulli, "linalg_vector_norm": _norm, "repeat": _repeat,
     "mean": _mean, "prims.var": _var, "var": _var, "prims.div": pointwise_of("div"),
     "mm": _mm, "bmm": _mm, "addmm": _addmm,
     "embedding": _embedding, "index": _index, "index_put": _index_put,

@@ -7,21 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from kitestring.devices.fit.compiled.emit import I64, Emitter, i64
-
-_STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def _mix(e: Emitter, x: Any) -> Any:
-    """SplitMix64, as in `kitestring.dice`."""
-    b = e.b
-    x = b.add(x, _word(_STEP))
-    x = b.mul(b.xor(x, b.lshr(x, i64(30))), _word(_FIRST))
-    x = b.mul(b.xor(x, b.lshr(x, i64(27))), _word(_SECOND))
-    return b.xor(x, b.lshr(x, i64(31)))
-
-
-def _word(value: int) -> Any:
-    return ir.Constant(I64, value - 2**64 if value >= 2**63 else value)
+from kitestring.devices.fit.compiled.splitmix import bits
 
 
 def shuffled(e: Emitter, order: Any, n: Any, key: Any, epoch: Any, shuffle: Any) -> None:
@@ -37,9 +23,9 @@ def shuffled(e: Emitter, order: Any, n: Any, key: Any, epoch: Any, shuffle: Any)
     with e.loop(n) as i:
         e.store(i, order, "i64", i)
     with b.if_then(b.icmp_signed("!=", shuffle, i64(0))):
+        key = b.add(key, epoch)
         with e.loop(n) as i:  # the draw above, the row below
-            at = b.add(b.add(key, epoch), b.mul(b.add(i, i64(1)), _word(_STEP)))
-            draw = b.lshr(_mix(e, at), i64(40))
+            draw = bits(e, key, i)
             e.store(b.or_(b.shl(draw, i64(32)), i), order, "i64", i)
         source, to = order, spare
         for shift in (32, 40, 48):

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from kitestring.devices.fit.compiled import trace
 from kitestring.devices.fit.compiled.build import Builder, Native, compiled, step_function
-from kitestring.devices.fit.compiled.draws import Dice
+from kitestring.devices.fit.compiled.draws import check
 from kitestring.devices.fit.compiled.drive import drive
 from kitestring.devices.fit.compiled.kernels import Table, add_rows, pointwise
 from kitestring.devices.fit.compiled.layout import HYPER, Kind, Layout
@@ -52,11 +52,12 @@ def trainer(program: Program, kind: Kind) -> Trainer:
     low, layout = made
     wrong = low.wrong.buffer
     assert wrong is not None
-    dice = Dice()
-    own = dice.buffers if low.draws else ()
-    size = place([*layout.buffers, wrong, *own], low.kernels)
+    for view, _ in low.draws:
+        check(view, kind.batch)
+    drawn = [view.buffer for view, _ in low.draws if view.buffer]
+    size = place([*layout.buffers, wrong, *drawn], low.kernels)
     builder = Builder()
-    drive(builder, step_function(builder, low.kernels), layout, low.draws, dice)
+    drive(builder, step_function(builder, low.kernels), layout, low.draws)
     return Trainer(compiled(builder, size, low.constants), layout, wrong)
 
 
