@@ -222,7 +222,9 @@ def commands(text: str) -> Iterator[tuple[int, str]]:
 def generate_help() -> str | None:
     if not (PACKAGE / "cli.py").exists():
         return None
-    commands = re.findall(r"^    (\w+)\s", help_of() or "", re.M)
+    whole = help_of() or ""
+    choices = re.search(r"\{([\w,]+)\}", whole)  # unless they are listed, each with what it does
+    commands = re.findall(r"^    (\w+)\s", whole, re.M) or choices[1].split(",")
     each = [f"## {name}\n\n```text\n{(help_of(name) or '').strip()}\n```\n" for name in commands]
     return "\n" + "\n".join(each) + "\n"
 

@@ -44,7 +44,10 @@ def words(start: str) -> list[str]:
 
 
 def test_all_commands_are_known_here() -> None:
-    starts = ("compare digits", "compare --csv", "compare tests/examples", "report", "tasks")
+    starts = (
+        *("compare digits", "compare --csv", "compare tests/examples", "report", "tasks"),
+        *("keys", "pack", "show"),
+    )
     for line in COMMANDS:
         assert line.removeprefix("kitestring ").startswith(starts), line
 
@@ -53,6 +56,15 @@ def test_the_tasks_are_listed(tmp_path: Path) -> None:
     listed = [line.split()[0] for line in run(words("tasks"), tmp_path).splitlines()]
     table = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
     assert listed == table
+
+
+def test_a_package_is_made_and_shown(tmp_path: Path) -> None:
+    """The README's comments say what else a command takes; a shell leaves them out."""
+    for start in ("keys", "pack", "show"):
+        line = next(line for line in COMMANDS if line.startswith(f"kitestring {start}"))
+        said = run(shlex.split(line, comments=True)[1:], tmp_path)
+    assert "Signed by a trusted key, whole, and runs here" in said
+    assert "plan reply train" in said
 
 
 def test_digits_under_limits(tmp_path: Path) -> None:
