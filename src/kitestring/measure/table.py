@@ -95,7 +95,7 @@ def profiles() -> RenderableType:
     )  # fmt: skip
     out.add_column("", no_wrap=True)
     for heading in ("", "FLOP/s", "up", "down", "round trip"):
-        out.add_column(heading, justify="left" if not heading else "right", vertical="bottom")
+        out.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for p in every:
         out.add_row(p.name, p.kind, *_figures(p), style="dim" if p.kind == "assumed" else "")
     parts: list[RenderableType] = [out, Text("")]
@@ -116,18 +116,21 @@ def profiles() -> RenderableType:
 def _figures(p: Profile) -> list[str]:
     way = [units.duration(p.round_trip)]
     if "round_trip" in p.ranges:
-        way = ["–".join(map(units.duration, p.ranges["round_trip"]))]
+        way = [_range(*map(units.duration, p.ranges["round_trip"]))]
     rates = [f"{units.size(getattr(p, which))}/s" for which in ("up", "down")]
     return [reached(p), *rates, *way]
 
 
 def reached(p: Profile) -> str:
-    """ "6.4 G–19 G": operations a second, the range where there is one."""
+    """ "6.4–19 G": operations a second, the range where there is one."""
     low, high = p.ranges.get("flops", (p.flops, p.flops))
-    return (
-        units.operations(low) if low == high
-        else f"{units.operations(low)}–{units.operations(high)}"
-    )  # fmt: skip
+    return units.operations(low) if low == high else _range(*map(units.operations, (low, high)))
+
+
+def _range(low: str, high: str) -> str:
+    """A unit that both share is named once."""
+    number, _, unit = low.rpartition(" ")
+    return f"{number}–{high}" if unit == high.rpartition(" ")[2] else f"{low}–{high}"
 
 
 def links() -> dict[str, list[str]]:
