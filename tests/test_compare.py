@@ -82,8 +82,10 @@ def test_the_ledger_says_what_left(done: tuple[Path, str]) -> None:
     assert up("fedavg") == {"parameters", "scalars"}
     assert up("splitnn") == up("fedgkt") == {"features", "data"}
     assert up("coda") == {"features", "scalars"}
+    assert up("cascade") == up("early_exit") == {"features"}
     assert up("cloud_only", "serving") == up("cascade", "serving") == {"data"}
     assert up("splitnn", "serving") == up("fedgkt", "serving") == {"features"}
+    assert up("early_exit", "serving") == {"features"}
     assert up("fedavg", "serving") == up("coda", "serving") == set()
     assert {s.serving.cloud_calls for s in rows["cloud_only"].seeds} == {1.0}
     assert {s.serving.cloud_calls for s in rows["fedavg"].seeds} == {0.0}
@@ -255,7 +257,7 @@ def test_needs_are_named() -> None:
     names = {"small", "large"}
     lacking = {m.name: missing(whole, names, m.about) for m in shown()}
     assert lacking["fedavg"] is lacking["device_only"] is lacking["pooled"] is None
-    for name in ("cloud_only", "shipped", "cascade", "coda"):
+    for name in ("cloud_only", "shipped", "cascade", "early_exit", "coda"):
         assert "a pool" in str(lacking[name])
     for name in ("splitnn", "fedgkt"):
         assert "differentiable features" in str(lacking[name])

@@ -218,7 +218,7 @@ def test_who_stops_early_leaves_nothing_running() -> None:
     assert most == [0]
 
 
-ASKED = ["fedavg", "fedgkt", "splitnn", "coda", "cascade", "device_only"]
+ASKED = ["fedavg", "fedgkt", "splitnn", "coda", "cascade", "early_exit", "device_only"]
 
 
 @pytest.mark.parametrize("name", ASKED)

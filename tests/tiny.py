@@ -204,7 +204,7 @@ def has(kind: str, pool: bool = True, split: bool = True) -> set[str]:
     if kind == "recorded":
         return {"pool", "confidence"}
     found = {"models"} | ({"pool"} if pool else set()) | ({"split"} if split else set())
-    return found | (set() if kind == "values" else {"confidence"})
+    return found | (set() if kind == "values" else {"confidence", "entropy"})
 
 
 def fits(name: str, kind: str, pool: bool = True, split: bool = True) -> bool:

@@ -18,6 +18,7 @@ from kitestring import __version__
 from kitestring.errors import KitestringError, SettingError
 from kitestring.measure import command as measuring
 from kitestring.pack import command as packing
+from kitestring.partition import command as cutting
 
 if TYPE_CHECKING:
     from kitestring.comparison.results import Comparison
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("tasks", help="list the built-in tasks")
     packing.add(commands)
     measuring.add(commands)
+    cutting.add(commands)
     return top
 
 
@@ -242,7 +244,7 @@ def _tasks(given: Any, command: str) -> None:
 _COMMANDS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     "compare": _compare, "report": _report, "tasks": _tasks,
     "pack": packing.pack, "show": packing.show, "keys": packing.new_key,
-    "measure": measuring.run,
+    "measure": measuring.run, "cut": cutting.run,
 }  # fmt: skip
 
 

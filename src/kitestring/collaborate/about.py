@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Need = Literal["pool", "models", "split", "confidence"]
+Need = Literal["pool", "models", "split", "confidence", "entropy"]
 NEEDS: dict[Need, str] = {
     "pool": "a pool: users whose rows the cloud has",
     "models": "models that train: this task brings recorded answers",
     "split": "differentiable features: a small model with children `front` and `back`",
     "confidence": "a confidence: classes, a binary logit, or a task that gives its own",
+    "entropy": "class probabilities: classes or a binary logit, with the loss of that name",
 }
 
 

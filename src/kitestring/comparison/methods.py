@@ -15,6 +15,7 @@ from kitestring.collaborate.features.fedgkt import FedGKT
 from kitestring.collaborate.features.splitnn import SplitNN
 from kitestring.collaborate.parameters.fedavg import FedAvg
 from kitestring.collaborate.request.cascade import Cascade
+from kitestring.collaborate.request.early_exit import EarlyExit
 from kitestring.errors import unknown
 from kitestring.exchange.ledger import leaf_names
 
@@ -45,6 +46,7 @@ METHODS: Mapping[str, Method] = {
         Method("fedgkt", FedGKT.about, FedGKT.trials, ("joint",)),
         Method("coda", CoDA.about, CoDA.trials, ("small",)),
         Method("cascade", Cascade.about, Cascade.trials, ("small", "large")),
+        Method("early_exit", EarlyExit.about, EarlyExit.trials, ("joint",)),
         Method(
             "joint",
             About("Joint", "baseline", "-", "A front with two backs, trained on the pool.",

@@ -2,6 +2,7 @@
 
 small          columns x       -> h (features, where it can be split), out
 small.answer                   -> answer, confidence: what a request gets
+small.exit                     -> answer, entropy, h: what an early exit decides by
 small.loss     x, y            -> loss, one a row
 small.distill  x, y, teacher   -> trains on labels and on a teacher's outputs
 front          x               -> h
@@ -68,6 +69,22 @@ def confidence(task: Task) -> Callable[[Tensor], Tensor] | None:
     if task.confidence is not None:
         return task.confidence
     own = {"cross_entropy": classes, "binary": lambda out: out.abs().sigmoid()}
+    return own.get(task.loss) if isinstance(task.loss, str) else None
+
+
+def entropy(task: Task) -> Callable[[Tensor], Tensor] | None:
+    """Of an answer's class probabilities, [n] in nats; None where an output holds none."""
+
+    def classes(out: Tensor) -> Tensor:
+        log = F.log_softmax(out, -1).clamp(min=-1e4)  # so that 0 log 0 is 0
+        own = -(log.exp() * log).sum(-1)
+        return own.flatten(1).mean(1) if own.ndim > 1 else own
+
+    def one_logit(out: Tensor) -> Tensor:
+        far = out.abs()
+        return F.softplus(-far) + far * (-far).sigmoid()
+
+    own = {"cross_entropy": classes, "binary": one_logit}
     return own.get(task.loss) if isinstance(task.loss, str) else None
 
 
@@ -156,8 +173,11 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
     def taught(outputs: Batch, batch: Batch) -> Tensor:
         return plain(outputs, batch) + far(outputs["out"], batch["teacher"], batch["y"])
 
+    def asked(outputs: Batch) -> Tensor:
+        return outputs["out"][:, -1] if task.asks == "last" else outputs["out"]
+
     def answered(outputs: Batch, batch: Batch) -> dict[str, Tensor]:
-        out = outputs["out"][:, -1] if task.asks == "last" else outputs["out"]
+        out = asked(outputs)
         return {"answer": out} if sure is None else {"answer": out, "confidence": sure(out)}
 
     small, big = _Small(front, back), _Named("large", large, "x")
@@ -187,6 +207,15 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
     server = task.server() if task.server else _server(h, width, answers, out)
     critic = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1), nn.Flatten(0))
     ended = _Named("server", server, "h")
+    unsure = entropy(task)
+
+    def exited(outputs: Batch, batch: Batch) -> dict[str, Tensor]:
+        assert unsure is not None
+        out = asked(outputs)
+        return {"answer": out, "entropy": unsure(out), "h": outputs["h"]}
+
+    if unsure is not None:
+        made["small.exit"] = Program("small.exit", small, after=exited)
 
     def both(outputs: Batch, batch: Batch) -> Tensor:
         return plain(outputs, batch) + loss(outputs["small"], batch["y"])

@@ -1,0 +1,1 @@
+"""Where to cut a model between a device and the cloud."""
