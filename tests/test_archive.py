@@ -154,7 +154,7 @@ def test_a_file_longer_than_it_says_is_not_unpacked(
 def test_a_stranger_s_signature_is_refused(package: Path, tmp_path: Path) -> None:
     keys.create(tmp_path / "other.key")
     others = keys.trusted([tmp_path / "other.key.pub"])
-    with pytest.raises(PackageError, match="signed by .*which is not trusted here.*--trust"):
+    with pytest.raises(PackageError, match=r"signed by .*which is not trusted here.*--trust"):
         archive.read(package, others)
 
 

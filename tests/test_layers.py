@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("errors", "core", "dice", "exchange"),
         *("devices", "devices.fit", "cloud"),
     ),
+    "kitestring.export.command": ("errors", "export", TOP),
     TOP: (),  # on top: tasks, apps, compare, report, decide, cli, ...; these import what they like
 }
 
@@ -50,6 +51,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
         *("kitestring.measure", "kitestring.tasks"),
     ),
     "executorch": ("kitestring.export", "kitestring.measure"),
+    "gguf": ("kitestring.export",),
     "llama_cpp": ("kitestring.export", "kitestring.measure"),
     "onnxruntime": ("kitestring.devices.runtime", "kitestring.export", "kitestring.measure"),
     "onnx": ("kitestring.export", "kitestring.pack", "kitestring.measure"),

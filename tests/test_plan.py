@@ -22,6 +22,7 @@ from kitestring.package import plan as language
 from kitestring.package.plan import OPERATIONS, PRIMITIVES, Plan, Step, decode, encode, run
 from kitestring.package.record import record
 
+WORDS = st.text(max_size=3)
 COLUMNS = schema(tiny.task("classes"))
 CASES = [(kind, name) for kind in tiny.KINDS for name in tiny.METHODS if tiny.fits(name, kind)]
 
@@ -39,7 +40,9 @@ def recorded(code: Callable[[Any, Any], Any], counts: tuple[int, ...] = (9, 4, 6
 
 def ran(plan: Plan, rows: int) -> Any:
     here = session(rows)
-    return run(plan, {"a": np.full((1, 3), float(rows)), "own": Tree(here.data), "private": {}}, here)
+    return run(
+        plan, {"a": np.full((1, 3), float(rows)), "own": Tree(here.data), "private": {}}, here
+    )
 
 
 def test_arithmetic_by_hand() -> None:
@@ -206,11 +209,11 @@ def test_wrong_inputs_and_failing_steps_are_told() -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text(max_size=3),
-        lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=3), part, max_size=3),
+        st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | WORDS,
+        lambda part: st.lists(part, max_size=3) | st.dictionaries(WORDS, part, max_size=3),
         max_leaves=8,
     )
-)  # fmt: skip
+)
 def test_what_is_given_survives_json(thing: Any) -> None:
     """Lists come back as tuples, which numpy takes for the same."""
 

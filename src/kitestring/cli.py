@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitestring import __version__
 from kitestring.errors import KitestringError, SettingError
+from kitestring.export import command as exporting
 from kitestring.measure import command as measuring
 from kitestring.pack import command as packing
 from kitestring.partition import command as cutting
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _judging(report)
     commands.add_parser("tasks", help="list the built-in tasks")
     packing.add(commands)
+    exporting.add(commands)
     measuring.add(commands)
     cutting.add(commands)
     return top
@@ -244,7 +246,7 @@ def _tasks(given: Any, command: str) -> None:
 _COMMANDS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     "compare": _compare, "report": _report, "tasks": _tasks,
     "pack": packing.pack, "show": packing.show, "keys": packing.new_key,
-    "measure": measuring.run, "cut": cutting.run,
+    "export": exporting.run, "measure": measuring.run, "cut": cutting.run,
 }  # fmt: skip
 
 

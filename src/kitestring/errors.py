@@ -3,12 +3,13 @@
 KitestringError
 ├── SettingError      a name, flag or file of the person at the keyboard
 ├── TaskError         a task: its models, loss, metric
-│   └── DataError     a task's rows: missing, NaN, misshapen
+│   ├── DataError     a task's rows: missing, NaN, misshapen
+│   └── ExportError   a model that a device's runtime cannot compute
 ├── ProtocolError     a message between device and cloud
 │   ├── Undeclared    something crossed that the collaboration did not declare
 │   ├── BadReply      a device's reply that cannot be used
 │   └── BadBytes      bytes that are not a packed message
-├── PackageError      a package: damaged, of a foreign key, for another runtime, or not as its maker's
+├── PackageError      a package: damaged, of a stranger's key, or for another runtime
 ├── NoReplies         nobody, or too few, answered, again and again
 └── RunError          a run on disk: unfinished, foreign, damaged, or no room for it
 """
@@ -38,6 +39,9 @@ class TaskError(KitestringError): ...
 
 
 class DataError(TaskError): ...
+
+
+class ExportError(TaskError): ...
 
 
 class ProtocolError(KitestringError): ...

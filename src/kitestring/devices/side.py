@@ -24,7 +24,8 @@ from kitestring.exchange.ledger import check
 class Half(Protocol):
     """The device half of rounds."""
 
-    crosses: Crossing
+    @property
+    def crosses(self) -> Crossing: ...
 
     def install(self, devices: Devices) -> Tree: ...
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]: ...
@@ -33,7 +34,8 @@ class Half(Protocol):
 class Serving(Protocol):
     """The device half of requests."""
 
-    crosses: Crossing
+    @property
+    def crosses(self) -> Crossing: ...
 
     def decide(self, devices: Devices, deployed: Tree) -> Decision: ...
     def merge(

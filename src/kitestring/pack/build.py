@@ -69,7 +69,7 @@ def build(source: Source, told: Told = lambda _: None) -> Built:
     rehearsal = rehearse(collaboration, columns, compute, pool, pretrained)
     told("recording")
     recorded, calls = plans(collaboration, rehearsal.scenes)
-    graphs, goldens = {}, []
+    graphs, goldens = dict[str, bytes](), list[Golden]()
     for call in _distinct(calls):
         told(f"exporting {call.primitive} of {call.program}")
         graph = _graph(compute, call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,9 @@ def _changed(collaboration: Any, settings: Sequence[str]) -> Any:
 def _from_run(folder: Path, method: Method) -> Source:
     """The settings that won, with seed 0, and the state that they ended in."""
     try:
-        kept: Mapping[str, Any] = json.loads((folder / "settings.json").read_text())
-        order = Order(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
-    except (OSError, ValueError, TypeError) as problem:
+        kept = json.loads((folder / "settings.json").read_text())
+        order = Order(**{**kept, "only": tuple(kept["only"])})
+    except (OSError, KeyError, ValueError, TypeError) as problem:
         raise RunError(f"its settings cannot be read: {problem}", str(folder)) from None
     bench = _bench(order)
     trials = _trials(bench, order, method)

@@ -132,7 +132,7 @@ def _far(a: Array, b: Array, floor: float) -> float:
 
 def pack(goldens: Sequence[Golden]) -> tuple[list[dict[str, Any]], dict[str, Array]]:
     """As JSON, and as named arrays."""
-    listed, arrays = [], {}
+    listed, arrays = [], dict[str, Array]()
     for i, g in enumerate(goldens):
         recipe = None if g.recipe is None else asdict(g.recipe)
         listed.append(

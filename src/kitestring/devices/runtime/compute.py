@@ -1,0 +1,198 @@
+"""The three primitives with exported graphs in stock ONNX Runtime: numpy, and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from kitestring.core import Array, Fit, Recipe, Rows, Tree
+from kitestring.devices.recipes import check
+from kitestring.devices.runtime.graph import About, Form, Graph, Leaf
+from kitestring.devices.runtime.session import CPU, Session, Steps, checked
+from kitestring.devices.schedule import schedule
+from kitestring.errors import PackageError, TaskError, unknown
+
+_BLOCK = 512  # rows predicted at a time
+
+
+class OrtCompute:
+    """`graphs`: serialised models by any name; each says itself what it computes. `initial`: the
+    weights that programs are delivered with. `providers`: ONNX Runtime's, the first one that can
+    compute an operator does. Devices are computed one after the other: a real one is alone."""
+
+    concurrent = True  # several threads may call at once: what a call changes is its own
+
+    def __init__(
+        self,
+        graphs: Mapping[str, bytes],
+        initial: Mapping[str, Tree],
+        threads: int = 1,
+        providers: Sequence[str] = CPU,
+    ) -> None:
+        """Raises `PackageError` for what is no graph of ours and `SettingError` for a provider
+        that is not there."""
+        known = checked(providers)
+        self._graphs = [Session(Graph(model), threads, known) for model in graphs.values()]
+        self._initial = dict(initial)
+
+    def initial(self, program: str) -> Tree:
+        """Without a device axis."""
+        if program not in self._initial:
+            raise unknown("program", program, self._initial)
+        return Tree({k: np.array(a) for k, a in self._initial[program].items()})
+
+    def flops(self, program: str, columns: Mapping[str, Rows]) -> float:
+        """Of one forward pass over one row, as counted when the program was exported."""
+        return self._find("a graph", program, columns, lambda about: True).about.flops
+
+    def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
+        session = self._find("predict", program, inputs, lambda a: a.primitive == "predict")
+        about = session.about
+        _check_weights(about, weights)
+        first = next(iter(inputs.values()))
+        width = first.shape[1]
+        made = {
+            k: np.zeros((len(first.n), width, *leaf.shape), leaf.dtype)
+            for k, leaf in about.outputs.items()
+        }
+        for d, n in enumerate(first.n.tolist()):
+            given = _weights(about, weights, d)
+            columns = {f"x:{k}": _own(inputs[k], d, n) for k in about.columns}
+            for at in range(0, n, _BLOCK):
+                part = {k: v[at : at + _BLOCK] for k, v in columns.items()}
+                for name, out in session.run({**given, **part}).items():
+                    made[name.removeprefix("out:")][d, at : at + _BLOCK][: len(out)] = out
+        return Tree({k: Rows(v, first.n) for k, v in made.items()})
+
+    def fit(
+        self,
+        program: str,
+        weights: Tree,
+        rows: Mapping[str, Rows],
+        recipe: Recipe,
+        *,
+        centre: Tree | None = None,
+        linear: Tree | None = None,
+        key: Array,
+    ) -> Fit:
+        """`key` [D] draws the batches, and what dropout keeps."""
+        trainable = self._trainable(program)
+        trained = check(program, trainable, weights, rows, recipe, centre, linear)
+        towards = Tree({k: weights[k] for k in trained}) if centre is None else centre
+        pushed = Tree() if linear is None else linear
+        form = Form.of(recipe, trained, towards, pushed)
+        session = self._find(f"fit ({form})", program, rows, lambda a: a.form == form)
+        about = session.about
+        _check_weights(about, weights)
+        n = next(iter(rows.values())).n
+        plan = schedule(key, n, recipe.batch, recipe.epochs, recipe.shuffle)
+        ends = {k: np.array(weights[k]) for k in trained}
+        losses = np.zeros(len(n), np.float32)
+        terms = {f"centre:{k}": towards[k] for k in form.centre}
+        terms |= {f"linear:{k}": pushed[k] for k in form.linear}
+        for d, steps in enumerate(plan.steps.tolist()):
+            if steps:
+                own = {k: np.ascontiguousarray(v[d], np.float32) for k, v in terms.items()}
+                fixed = {**_weights(about, weights, d), **_settings(form, recipe), **own}
+                columns = {f"x:{k}": _own(rows[k], d, int(n[d])) for k in about.columns}
+                run = Steps(session, fixed, columns, key[d : d + 1])
+                losses[d] = run.run(plan.index[d, :steps], plan.real[d, :steps].sum(-1).tolist())
+                for k in trained:
+                    ends[k][d] = run.now(f"w:{k}")
+        second = {k: ends[first] for k, first in about.tied.items() if first in ends}
+        mean = losses / np.maximum(1, plan.steps).astype(np.float32)
+        return Fit(Tree({**weights, **ends, **second}), mean, plan.steps)
+
+    def backward(
+        self,
+        program: str,
+        weights: Tree,
+        rows: Mapping[str, Rows],
+        *,
+        cotangent: Mapping[str, Rows] | None = None,
+        row_weights: Array | None = None,
+    ) -> tuple[Array, Tree, Tree]:
+        by = set(cotangent or ())
+        session = self._find(
+            f"backward by {', '.join(sorted(by))}" if by else "backward", program, rows,
+            lambda a: a.primitive == "backward" and set(a.cotangents) == by,
+        )  # fmt: skip
+        about = session.about
+        _check_weights(about, weights)
+        first = next(iter(rows.values()))
+        devices, width = len(first.n), first.shape[1]
+        loss = np.zeros(devices, np.float32)
+        slopes = {k: np.zeros((devices, *about.weights[k].shape), about.weights[k].dtype)
+                  for k in about.trainable}  # fmt: skip
+        back = {
+            k: np.zeros((devices, width, *r.row[0]), r.row[1])
+            for k, r in rows.items() if np.dtype(r.row[1]).kind == "f"
+        }  # fmt: skip
+        for d, n in enumerate(first.n.tolist()):
+            if not n:
+                continue
+            given = _weights(about, weights, d)
+            given |= {f"x:{k}": _own(rows[k], d, n) for k in about.columns}
+            given |= {f"by:{k}": _own(r, d, n) for k, r in (cotangent or {}).items()}
+            share = np.ones(n) if row_weights is None else np.asarray(row_weights)[d, :n]
+            given["share"] = share.astype(np.float32)
+            out = session.run(given)
+            loss[d] = out["loss"]
+            for k, a in slopes.items():
+                a[d] = out[f"d:{k}"]
+            for k, a in back.items():
+                if f"dx:{k}" in out:
+                    a[d, :n] = out[f"dx:{k}"]
+        return loss, Tree(slopes), Tree({k: Rows(v, first.n) for k, v in back.items()})
+
+    def _trainable(self, program: str) -> tuple[str, ...]:
+        found = (g.about.trainable for g in self._graphs if g.about.program == program)
+        return next(found, ())
+
+    def _find(
+        self, what: str, program: str, columns: Mapping[str, Rows], fits: Callable[[About], bool]
+    ) -> Session:
+        leaves = {k: Leaf(str(np.dtype(r.row[1])), tuple(r.row[0])) for k, r in columns.items()}
+        of_it = [g for g in self._graphs if g.about.program == program]
+        for graph in of_it:
+            if fits(graph.about) and graph.about.reads(leaves):
+                return graph
+        on = ", ".join(f"{k} {leaf.dtype}{list(leaf.shape)}" for k, leaf in leaves.items())
+        there = "; ".join(g.about.label for g in of_it)
+        others = sorted({g.about.program for g in self._graphs})
+        raise PackageError(
+            f"no graph for {what} of {program!r} on {on}", "device runtime",
+            f"There is: {there}" if there else f"There are programs: {', '.join(others) or 'none'}",
+        )  # fmt: skip
+
+
+def _check_weights(about: About, weights: Tree) -> None:
+    """All of the program's, in their shapes: what is left out would be another device's."""
+    where = f"program {about.program!r}"
+    if odd := sorted(weights.keys() ^ about.weights.keys()):
+        what = "is not given" if odd[0] in about.weights else "does not take"
+        raise TaskError(f"{where} {what} the weight {odd[0]!r}")
+    for name, leaf in about.weights.items():
+        if weights[name].shape[1:] != leaf.shape:
+            mend = f"Give {list(leaf.shape)}, or export it for this shape"
+            raise TaskError(f"the weight {name!r} is {list(weights[name].shape[1:])}", where, mend)
+
+
+def _weights(about: About, weights: Tree, d: int) -> dict[str, Array]:
+    """Those of device d, by their inputs' names."""
+    return {
+        f"w:{k}": np.ascontiguousarray(weights[k][d], leaf.dtype)
+        for k, leaf in about.weights.items() if k not in about.tied
+    }  # fmt: skip
+
+
+def _settings(form: Form, recipe: Recipe) -> dict[str, Array]:
+    named = [k for k in form.scalars if k != "step"]
+    return {k: np.array(getattr(recipe, k), np.float32) for k in named}
+
+
+def _own(rows: Rows, d: int, n: int) -> Array:
+    """The `n` real rows of device d."""
+    flat, start = rows.flat
+    return flat[start[d] : start[d] + n]

@@ -1,0 +1,1 @@
+"""Models and their training steps in the formats that device runtimes read."""

@@ -1,0 +1,109 @@
+"""Low-rank adapters: a large layer stays as it is, and a small correction beside it is trained.
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen: "LoRA: Low-Rank Adaptation of Large Language
+Models", ICLR 2022, arXiv 2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kitestring.errors import TaskError
+
+_READ = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""They read the weights of their linear layers themselves: an adapter there would do nothing."""
+
+
+class LowRank(nn.Module):
+    """W x + b + (alpha / r) B A x, with A `down` [r, in] and B `up` [out, r].
+
+    A is drawn, B is zero at first, and W and b are frozen under their own names: messages that
+    carry what is trained carry `*.down` and `*.up` alone."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if base.bias is not None:
+            self.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
+        out, inside = base.weight.shape
+        self.down = nn.Parameter(base.weight.new_empty(rank, inside))
+        self.up = nn.Parameter(base.weight.new_zeros(out, rank))
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.down, math.sqrt(5))  # as nn.Linear draws its own weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        beside = F.linear(F.linear(x, self.down), self.up)
+        return F.linear(x, self.weight, self.bias) + beside * self.scale
+
+    def extra_repr(self) -> str:
+        out, inside = self.weight.shape
+        return f"{inside}, {out}, rank={len(self.down)}, scale={self.scale:g}"
+
+    def whole(self) -> nn.Linear:
+        """One layer that computes the same: W + (alpha / r) B A."""
+        out, inside = self.weight.shape
+        found = nn.Linear(inside, out, self.bias is not None)
+        found.weight = nn.Parameter(self.weight + self.scale * self.up @ self.down)
+        if self.bias is not None:
+            found.bias = nn.Parameter(self.bias.detach().clone())
+        return found
+
+
+def low_rank(
+    module: nn.Module, rank: int, targets: Sequence[str] = ("*",), alpha: float | None = None
+) -> nn.Module:
+    """A copy of `module` in which only adapters are trained: of rank `rank`, beside each linear
+    layer whose dotted name matches one of `targets` ("*.q_proj", "layers.3.*"). `alpha` scales
+    what they add by alpha / rank; it is `rank` if None.
+
+    Raises `TaskError` for a rank below 1, and where no linear layer can be adapted. Layers inside
+    of nn.MultiheadAttention and torch's transformer layers cannot: those read weights directly."""
+    if rank < 1:
+        raise TaskError(f"rank is {rank}", "low_rank", "Give a whole number from 1")
+    found = copy.deepcopy(module).requires_grad_(False)
+    if isinstance(found, nn.Linear):
+        return LowRank(found, rank, rank if alpha is None else alpha)
+    chosen = [
+        (name, layer) for name, layer in _linears(found)
+        if any(fnmatchcase(name, target) for target in targets)
+    ]  # fmt: skip
+    if not chosen:
+        known = ", ".join(name for name, _ in _linears(found)) or "none"
+        what = f"no linear layer matches {', '.join(map(repr, targets))}"
+        raise TaskError(what, "low_rank", f"Layers that can be adapted: {known}")
+    for name, layer in chosen:
+        _put(found, name, LowRank(layer, rank, rank if alpha is None else alpha))
+    return found
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """A copy of `module` whose adapters are part of their layers: the same outputs, the names of
+    the base. Nothing in it is frozen on account of adapters; what was not adapted stays frozen."""
+    found = copy.deepcopy(module)
+    if isinstance(found, LowRank):
+        return found.whole()
+    for name, layer in [(n, m) for n, m in found.named_modules() if isinstance(m, LowRank)]:
+        _put(found, name, layer.whole())
+    return found
+
+
+def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linear]]:
+    if isinstance(module, _READ):
+        return
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            yield prefix + name, child
+        else:
+            yield from _linears(child, f"{prefix}{name}.")
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, layer)

@@ -1,0 +1,272 @@
+"""A Llama-like language model: tokens -> RMSNorm, rotary grouped-query attention, SwiGLU.
+
+Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", arXiv 2302.13971, section
+2.2; rotary positions: Su et al., "RoFormer", arXiv 2104.09864, section 3.2.2; several query heads
+for one head of keys and values: Ainslie et al., "GQA", arXiv 2305.13245, section 2.2.
+
+Settings and parameters have the names of Hugging Face's `LlamaForCausalLM`, so its checkpoints
+load; as there, dimension i of a head is rotated with i + half. Imports torch, so factories import
+this when called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kitestring.errors import TaskError
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The settings of config.json that this model has. All sizes are counts."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "tie_word_embeddings" and not value > 0:
+                raise TaskError(f"{field.name} is {value}", "Llama", "Give more than 0")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise TaskError(
+                f"{self.num_attention_heads} heads do not share {self.num_key_value_heads} heads "
+                "of keys and values evenly",
+                "Llama",
+                "Make num_attention_heads a multiple of num_key_value_heads",
+            )
+        if self.head_dim % 2:
+            raise TaskError(f"head_dim {self.head_dim} is odd", "Llama", "Rotation needs pairs")
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
+        self.width = config.head_dim
+        whole, kept = self.heads * self.width, self.shared * self.width
+        self.q_proj = nn.Linear(config.hidden_size, whole, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kept, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kept, bias=False)
+        self.o_proj = nn.Linear(whole, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
+        """`hidden` [T, T] is added to the attention scores: 0, or far below."""
+        n, length, _ = x.shape
+        q, k, v = (
+            part.reshape(n, length, -1, self.width).transpose(1, 2)
+            for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        k, v = self._of_each(k), self._of_each(v)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.width) + hidden
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2)
+        return cast(Tensor, self.o_proj(mixed.reshape(n, length, self.heads * self.width)))
+
+    def _of_each(self, x: Tensor) -> Tensor:
+        """Shared heads [n, shared, T, width], once for each query head that shares them."""
+        n, shared, length, width = x.shape
+        each = self.heads // shared
+        return x[:, :, None].expand(n, shared, each, length, width).reshape(n, -1, length, width)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., T, width]; cos and sin [T, width / 2]."""
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6), SiLU written out: it trains where
+    graphs of training steps have no operator for its gradient."""
+
+    def __init__(self, width: int, wide: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, wide, bias=False)
+        self.up_proj = nn.Linear(width, wide, bias=False)
+        self.down_proj = nn.Linear(wide, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        return cast(Tensor, self.down_proj(gate * gate.sigmoid() * self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, hidden)
+        return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x)))
+
+
+class Stack(nn.Module):
+    """Token ids [n, T] -> [n, T, hidden_size]."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        places = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+        powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        angles = places[:, None] / config.rope_theta ** powers[None]
+        # Not in the state dict: a checkpoint has no such parameters.
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        later = torch.ones(length, length, device=x.device).triu(1) * -1e9
+        h = self.embed_tokens(x)
+        cos, sin = cast(Tensor, self.cos)[:length], cast(Tensor, self.sin)[:length]
+        for layer in self.layers:
+            h = layer(h, cos, sin, later)
+        return cast(Tensor, self.norm(h))
+
+
+class Llama(nn.Module):
+    """Token ids [n, T] -> logits [n, T, vocab_size] of the next token; T may be at most
+    max_position_embeddings."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Stack(config)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.model(x)
+        if self.lm_head is None:
+            return functional.linear(h, self.model.embed_tokens.weight)
+        return cast(Tensor, self.lm_head(h))
+
+
+def checkpoint(folder: str | Path) -> Llama:
+    """The model in a folder of Hugging Face's form: config.json and *.safetensors, float32.
+
+    Raises TaskError in one line for what this model does not have (scaled rotation, biases,
+    another activation, sliding windows) and for parameters that are missing or left over."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    model = Llama(config_of(_settings(folder / "config.json"), str(folder)))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise TaskError("no *.safetensors there", str(folder), "Save the model with safetensors")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= load_file(file)
+    if model.lm_head is None:
+        found.pop("lm_head.weight", None)  # the embedding once more
+    fill(model, found, str(folder))
+    return model
+
+
+def load(module: nn.Module, file: Path) -> None:
+    """Load all of a module's parameters from a .safetensors file. Raises TaskError in one line."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as problem:
+        said = f"cannot be read: {str(problem).splitlines()[0]}"
+        raise TaskError(said, str(file), "Write it with safetensors") from None
+    fill(module, weights, str(file))
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Load all of a module's parameters by name; TaskError names the first that do not fit."""
+    wanted = module.state_dict()
+    for names, what in ((wanted.keys() - weights.keys(), "lacks"),
+                        (weights.keys() - wanted.keys(), "has, unlike the model,")):  # fmt: skip
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise TaskError(f"{what} {some}", where, "Give weights of this very model")
+    for name, tensor in wanted.items():
+        if tensor.shape != weights[name].shape:
+            what = f"{name} is {list(weights[name].shape)}, of the model {list(tensor.shape)}"
+            raise TaskError(what, where, "Give weights of this very model")
+    module.load_state_dict({k: v.to(wanted[k].dtype) for k, v in weights.items()})
+
+
+def _settings(file: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise TaskError(
+            f"cannot be read: {problem}", str(file), "Name a checkpoint's folder"
+        ) from None
+    if not isinstance(found, dict):
+        raise TaskError("is no JSON object", str(file), "Name a checkpoint's folder")
+    return found
+
+
+def config_of(found: Mapping[str, Any], where: str) -> LlamaConfig:
+    """The settings of a config.json; refuses what would change the model and is not here."""
+    scaled = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    plain = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
+             "mlp_bias": (False,), "sliding_window": (None,)}  # fmt: skip
+    for name, fine in plain.items():
+        if found.get(name, fine[0]) not in fine:
+            raise TaskError(f"{name} is {found[name]!r}", where, f"Only {fine[0]!r} is supported")
+    kind = scaled.get("rope_type", scaled.get("type", "default"))
+    if kind != "default":
+        raise TaskError(f"rotation is scaled ({kind})", where, "Only plain rotation is supported")
+    missing = [n for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+               "num_attention_heads", "max_position_embeddings") if n not in found]  # fmt: skip
+    if missing:
+        raise TaskError(f"no {', '.join(missing)} in it", where, "Give a Llama's config.json")
+    heads = found["num_attention_heads"]
+    return LlamaConfig(
+        vocab_size=found["vocab_size"],
+        hidden_size=found["hidden_size"],
+        intermediate_size=found["intermediate_size"],
+        num_hidden_layers=found["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=found.get("num_key_value_heads") or heads,
+        max_position_embeddings=found["max_position_embeddings"],
+        head_dim=found.get("head_dim") or found["hidden_size"] // heads,
+        rms_norm_eps=found.get("rms_norm_eps", 1e-6),
+        rope_theta=scaled.get("rope_theta") or found.get("rope_theta") or 10000.0,
+        tie_word_embeddings=bool(found.get("tie_word_embeddings", False)),
+    )
