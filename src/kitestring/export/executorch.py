@@ -6,6 +6,7 @@ Android and iOS packages. ExecuTorch plans its memory beforehand, so it must kno
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from kitestring.export.checked import (
 
 if TYPE_CHECKING:
     from torch import nn
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of what ExecuTorch brings along
 
 
 def to_executorch(

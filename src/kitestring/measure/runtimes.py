@@ -183,6 +183,7 @@ class ExecuTorch:
     """The method `forward` of an ExecuTorch program; its shapes are fixed. Nothing is counted."""
 
     def __init__(self, subject: Subject, given: Inputs, threads: int) -> None:
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of what it brings along
         try:
             from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
