@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | docs | bench-simulation | clean
+# make demo | test | test-all | lint | docs | bench-simulation | bench-devices | clean
 # PYTHON=python3.12 picks the Python
 #
 # All of it happens in .venv, made on first use with `python3 -m venv` and brought up to date when
@@ -20,7 +20,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 MADE := $(VENV)/made-$(or $(VERSION),nothing)
 endif
 
-.PHONY: help demo test test-slow test-all lint docs bench-simulation clean
+.PHONY: help demo test test-slow test-all lint docs bench-simulation bench-devices clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make lint      ruff, mypy --strict and the docs check"
 	@echo "make docs      write the generated parts of the docs anew"
 	@echo "make bench-simulation   Kitestring's simulation beside Flower's and pfl-research's (half an hour)"
+	@echo "make bench-devices      training and predicting without torch, beside torch and ONNX Runtime's examples (10 minutes)"
 	@echo "make clean     remove .venv, .bench, caches and built packages"
 
 demo: $(VENV)/compare
@@ -56,6 +57,9 @@ docs: $(VENV)/dev
 
 bench-simulation: $(VENV)/compare
 	@$(BIN)/python benchmarks/simulation/run.py
+
+bench-devices: $(VENV)/compare
+	@$(BIN)/python benchmarks/devices/run.py
 
 clean:
 	rm -rf $(VENV) .bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
