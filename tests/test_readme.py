@@ -46,7 +46,7 @@ def words(start: str) -> list[str]:
 def test_all_commands_are_known_here() -> None:
     starts = (
         *("compare digits", "compare --csv", "compare tests/examples", "report", "tasks"),
-        *("keys", "pack", "show"),
+        *("keys", "pack", "show", "measure", "cut", "export"),
     )
     for line in COMMANDS:
         assert line.removeprefix("kitestring ").startswith(starts), line
@@ -58,13 +58,25 @@ def test_the_tasks_are_listed(tmp_path: Path) -> None:
     assert listed == table
 
 
-def test_a_package_is_made_and_shown(tmp_path: Path) -> None:
+def test_a_package_is_made_shown_and_measured(tmp_path: Path) -> None:
     """The README's comments say what else a command takes; a shell leaves them out."""
     for start in ("keys", "pack", "show"):
-        line = next(line for line in COMMANDS if line.startswith(f"kitestring {start}"))
-        said = run(shlex.split(line, comments=True)[1:], tmp_path)
+        said = run(_first(start), tmp_path)
     assert "Signed by a trusted key, whole, and runs here" in said
     assert "plan reply train" in said
+    assert "step" in run([*_first("measure digits"), "--runs", "3"], tmp_path)
+
+
+def _first(start: str) -> list[str]:
+    line = next(line for line in COMMANDS if line.startswith(f"kitestring {start}"))
+    return shlex.split(line, comments=True)[1:]
+
+
+def test_profiles_cuts_and_exports(tmp_path: Path) -> None:
+    assert "raspberry-pi-4" in run(_first("measure --profiles"), tmp_path)
+    assert "Fastest:" in run(_first("cut"), tmp_path)
+    run(_first("export"), tmp_path)
+    assert list(tmp_path.glob("*.onnx"))
 
 
 def test_digits_under_limits(tmp_path: Path) -> None:

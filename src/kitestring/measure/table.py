@@ -16,6 +16,12 @@ from kitestring.measure.bench import Measured, Pair, Ratio, Report
 from kitestring.report.terminal import indented, new_table
 
 
+_LEGEND = (
+    "memory: at its peak, beyond imports   moved: bytes of weights and activations\n"
+    "~ modelled: arithmetic and memory, without radio and screen"
+)
+
+
 def results(report: Report) -> RenderableType:
     """Everything that `kitestring measure` prints, for 80 columns and more."""
     setting = report.setting
@@ -24,19 +30,20 @@ def results(report: Report) -> RenderableType:
     turns = ", in turn with the baseline" if any(p.baseline for p in report.pairs) else ""
     times = new_table(
         f"Time of one run ({rows}, {threads}, {setting.runs} runs{turns})",
-        ["load", "wall p50", "p95", "CPU p50", "p95", "against baseline"],
+        ["load", "wall p50", "p95", "CPU p50", "p95", *["to baseline"] * bool(turns)],
+        widest=24,
     )
     needs = new_table(
-        "What it takes", ["on disk", "peak memory", "FLOP", "FLOP/s", "bytes moved", "energy~"]
+        "What it takes", ["on disk", "memory", "FLOP", "FLOP/s", "moved", "energy~"], widest=24
     )
     for pair in report.pairs:
-        times.add_row(*_times(pair.subject), against(pair.wall))
+        times.add_row(*_times(pair.subject), *[against(pair.wall)] * bool(turns))
         needs.add_row(*_needs(pair.subject))
         if pair.baseline:
             times.add_row(*_times(pair.baseline), "baseline", style="dim")
             needs.add_row(*_needs(pair.baseline), style="dim")
     parts: list[RenderableType] = [times, Text(""), needs]
-    parts.append(Text("~ modelled: arithmetic and memory, without radio and screen", style="dim"))
+    parts.append(Text(_LEGEND, style="dim"))
     parts += [indented(line) for line in [*_notes(report.pairs), *report.notes, report.machine]]
     return Group(*parts)
 

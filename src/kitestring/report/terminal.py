@@ -140,7 +140,7 @@ def _left(rows: list[Row], verdict: Verdict) -> Table:
     return out
 
 
-def new_table(title: str, columns: list[str], justify: str = "right") -> Table:
+def new_table(title: str, columns: list[str], justify: str = "right", widest: int = 16) -> Table:
     """A plain table of these columns, after one without a heading."""
     out = Table(
         title=title,
@@ -151,7 +151,7 @@ def new_table(title: str, columns: list[str], justify: str = "right") -> Table:
         pad_edge=False,
         header_style="dim",
     )
-    out.add_column("", no_wrap=True, max_width=16)
+    out.add_column("", no_wrap=True, max_width=widest)
     for column in columns:
         out.add_column(column, justify="left" if justify == "left" else "right", vertical="bottom")
     return out
