@@ -26,7 +26,7 @@ for layer in sys.argv[1:]:
 """
 
 
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path, patience: float = 300) -> subprocess.CompletedProcess[str]:
     """Run outside the checkout's own environment: no PYTHONPATH, no active venv, no terminal."""
     hidden = ("PYTHON", "VIRTUAL_ENV", "KITESTRING", "COV_", "PYTEST")
     env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
@@ -37,12 +37,12 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience,
     )
 
 
-def must(*command: str | Path, cwd: Path) -> str:
-    done = run(*command, cwd=cwd)
+def must(*command: str | Path, cwd: Path, patience: float = 300) -> str:
+    done = run(*command, cwd=cwd, patience=patience)
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr}"
     return done.stdout
 

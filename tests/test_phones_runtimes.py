@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,19 +149,49 @@ def test_what_executorch_lacks_or_computes_wrongly(
 # --- from the registry
 
 
+LINEAR = "from torch import nn\nnet = nn.Linear(8, 2)\n"
+LLAMA = """
+from kitestring.tasks.llama import Llama, LlamaConfig
+
+net = Llama(LlamaConfig(40, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                        max_position_embeddings=160))
+"""
+# llama.cpp's library alone, for any processor of this kind: minutes instead of many.
+LIBRARY = "GGML_NATIVE LLAMA_CURL LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES"
+
+
 @pytest.mark.slow
-def test_the_executorch_extra_installs_with_our_pins_and_exports(tmp_path: Path) -> None:
-    """As a person does it: a new environment, the wheel with its extra, the command."""
+@pytest.mark.parametrize(
+    ("extra", "model", "options", "says"),
+    [
+        ("executorch", LINEAR, ("--input", "8", "--rows", "4"), "XNNPACK: out is off by"),
+        ("gguf", LLAMA, (), "f32: out is off by"),
+    ],
+    ids=["executorch", "gguf"],
+)
+def test_an_extra_installs_with_our_pins_and_exports(
+    extra: str,
+    model: str,
+    options: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a person does it: a new environment, the wheel with its extra, the command. llama.cpp is
+    built on the way, which takes a compiler."""
+    if extra == "gguf" and not shutil.which("c++"):
+        pytest.skip("no C++ compiler to build llama.cpp with")
+    flags = [f"-D{name}=OFF" for name in (*LIBRARY.split(), "LLAMA_BUILD_TOOLS")]
+    monkeypatch.setenv("CMAKE_ARGS", " ".join([*flags, "-DLLAMA_BUILD_SERVER=OFF"]))
     build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path)
     must(sys.executable, *build, cwd=ROOT)
     (wheel,) = tmp_path.glob("kitestring-*.whl")
     must(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     bin = tmp_path / "venv" / "bin"
     pip = ("-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt")
-    must(bin / "python", *pip, f"{wheel}[executorch]", cwd=tmp_path)
-    (tmp_path / "net.py").write_text("from torch import nn\nnet = nn.Linear(8, 2)\n")
-    words = ("export", "net.py:net", "--input", "8", "--to", "executorch", "--rows", "4")
-    said = must(bin / "kitestring", *words, cwd=tmp_path)
-    assert "drawn inputs of 1, 2, 3 and 4 rows" in said
-    assert "XNNPACK: out is off by" in said
-    assert (tmp_path / "net.pte").is_file()
+    must(bin / "python", *pip, f"{wheel}[{extra}]", cwd=tmp_path, patience=1500)
+    (tmp_path / "net.py").write_text(model)
+    said = must(bin / "kitestring", "export", "net.py:net", *options, "--to", extra, cwd=tmp_path)
+    assert says in said
+    assert list(tmp_path.glob("net.pte" if extra == "executorch" else "net.gguf"))
