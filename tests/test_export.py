@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import drawn_modules
+import test_shipped
 import tiny
 from exported import (
     PLAIN,
@@ -30,6 +31,7 @@ from exported import (
     case,
     checked,
     fits,
+    near,
     numbers,
     predicts,
     runtime,
@@ -39,14 +41,13 @@ from exported import (
 )
 from kitestring import dice
 from kitestring.core import Recipe, Rows, Tree
+from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.fit.programs import Program
 from kitestring.devices.runtime.graph import KEY, About, Graph
 from kitestring.errors import ExportError, PackageError
 from kitestring.export.graphs import backward_graph, predict_graph, step_graph
-from kitestring.tasks import digits
 from kitestring.tasks.adapters import low_rank
 from kitestring.tasks.layers import Transformer
-from kitestring.tasks.programs import programs
 from modules import Column, devices, keys
 from test_recipe import HEAD, USES, like
 from told import told
@@ -63,7 +64,8 @@ def of(kind: str, n: list[int]) -> Case:
 def test_every_use_of_a_recipe(use: str) -> None:
     c = of("mlp", [5, 1, 0, 7])
     ends = fits(c, USES[use])
-    assert use in ("sgd", "loose clip", "in order") or tiny.apart(ends, fits(c, USES["sgd"])) > 1e-3
+    plain = torch_of(c).fit("p", c.weights, c.rows, USES["sgd"], key=keys(4)).parameters
+    assert use in ("sgd", "loose clip") or tiny.apart(ends, plain) > 1e-3, "it does nothing"
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
@@ -72,9 +74,10 @@ def test_a_centre_and_a_linear_term(optimiser: str, prefixes: tuple[str, ...]) -
     c = of("mlp", [5, 1, 0, 7])
     recipe = Recipe(0.05, 2, 3, optimiser, mu=0.7, clip=0.5, decay=0.1)
     centre, linear = like(c.weights, 1, *prefixes), like(c.weights, 2, *prefixes)
-    fits(c, recipe, centre=centre)
-    fits(c, replace(recipe, mu=0), linear=linear)
     fits(c, recipe, centre=centre, linear=linear)
+    if optimiser == "sgd":
+        fits(c, recipe, centre=centre)
+        fits(c, replace(recipe, mu=0), linear=linear)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
@@ -109,9 +112,6 @@ def test_adapters_train_beside_a_frozen_base() -> None:
     moved = {k for k, a in ends.items() if not np.array_equal(a, c.weights[k])}
     assert moved == c.program.trained
     assert all(k.endswith(("down", "up")) for k in moved)
-    slopes(c)
-    outputs = {o.name for o in checked(step_graph(c.program, c.rows, PLAIN)).graph.output}
-    assert outputs == {"loss"} | {f"next:w:{k}" for k in moved}
 
 
 # --- losses
@@ -163,7 +163,8 @@ LOSSES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_losses() -> None:
+@pytest.mark.parametrize("check", [fits, pytest.param(slopes, marks=pytest.mark.slow)])
+def test_losses(check: Any) -> None:
     """With labels that are to be ignored, soft labels, a teacher's outputs."""
 
     def labels(rng: np.random.Generator, n: int, *row: int) -> Any:
@@ -178,9 +179,7 @@ def test_losses() -> None:
         "z": lambda rng, n: labels(rng, n, 3),
         "l": lambda rng, n: rng.integers(0, 2, (n, 4)).astype(np.float32),
     }  # fmt: skip
-    c = case(Heads(LOSSES), columns, total)
-    fits(c)
-    slopes(c)
+    check(case(Heads(LOSSES), columns, total))
 
 
 # --- backward
@@ -202,6 +201,17 @@ class Two(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"h": self.one(batch["x"]).tanh(), "g": self.other(batch["x"]), "i": batch["y"] * 2}
+
+
+def test_slopes_of_what_is_frozen_are_by_columns_alone() -> None:
+    c = of("mlp", [5, 1])
+    c.program.module.requires_grad_(False)
+    found = runtime(c.program, backward_graph(c.program, c.rows)).backward("p", c.weights, c.rows)
+    assert found[1] == {}
+    # By hand: the slope of the sum of losses by x is that of the trainable twin.
+    twin = of("mlp", [5, 1])
+    wanted = torch_of(twin).backward("p", twin.weights, twin.rows)
+    near(found[2], wanted[2])
 
 
 def test_slopes_by_columns_and_of_some_outputs() -> None:
@@ -304,10 +314,13 @@ def test_dropout_of_every_kind(layer: nn.Module, x: Any) -> None:
 # --- programs of tasks
 
 
-KINDS = ("classes", "binary", "values", "sequence")
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["sequence", *(pytest.param(k, marks=SLOW) for k in ("classes", "binary", "values"))],
+)
 def test_programs_of_tasks(kind: str) -> None:
     """The tiny tasks', as `tasks.programs` makes them for every task: whole models, fronts, large
     backs, answers with their confidence, a teacher's column."""
@@ -348,19 +361,33 @@ def test_recorded_programs() -> None:
         predicts(Case(program, weights, rows))
 
 
-def test_the_digits_programs() -> None:
-    """Convolutions of scaled bytes, the default large back, distillation."""
-    task = digits.task()
-    x = task.users.load(0)["train"]["x"][:9]
-    made = programs(task, 0, x[:2])
-    n, rng = np.array([9]), np.random.default_rng(0)
-    columns = {"x": Rows(x[None], n), "y": Rows(rng.integers(0, 10, (1, 9)), n),
-               "teacher": Rows(rng.normal(0, 1, (1, 9, 10)).astype(np.float32), n)}  # fmt: skip
-    for name in ("small", "small.answer", "small.distill"):
-        program = made[name]
-        weights = Tree({k: a[None] for k, a in program.initial().items()})
-        c = Case(program, weights, columns)
-        predicts(c) if program.loss is None else fits(c, Recipe(0.05, 1, 4))
+@pytest.mark.parametrize(
+    "name",
+    ["digits", *(pytest.param(n, marks=SLOW) for n in ("qmnist", *test_shipped.TEXTS))],
+)
+def test_every_model_that_ships(name: str) -> None:
+    """On rows that are made up, of two devices: what devices train and answer with, and the large
+    models too, dropout included."""
+    every = test_shipped.made(name)
+    rows = {k: Rows(v, test_shipped.N) for k, v in test_shipped.columns(name).items()}
+    plain = TorchCompute(every, "sequential")
+
+    def start(program: str) -> Tree:
+        return Tree({k: np.stack([a, a]) for k, a in plain.initial(program).items()})
+
+    teacher = plain.predict("large", start("large"), rows)["out"]
+    h = plain.predict("front", start("front"), rows)["h"]
+    given = {
+        "small": rows, "small.answer": rows, "front": rows, "joint": rows, "large.answer": rows,
+        "small.distill": {**rows, "teacher": teacher}, "server": {"h": h, "y": rows["y"]},
+    }  # fmt: skip
+    for program, columns in given.items():
+        c = Case(every[program], start(program), columns)
+        if every[program].loss is None:
+            predicts(c)
+        else:
+            fits(c, Recipe(0.02, 1, 4, momentum=0.9))
+    slopes(Case(every["front"], start("front"), {"x": rows["x"]}), ("h",))
 
 
 # --- modules drawn at random
@@ -377,13 +404,13 @@ def _drawn(seed: int) -> Case:
     return case(d.module, {"x": column("x"), "y": column("y")}, d.loss)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_modules_drawn_at_random(seed: int) -> None:
     fits(_drawn(seed), close=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5, 65))
+@pytest.mark.parametrize("seed", range(4, 64))
 def test_many_modules_drawn_at_random(seed: int) -> None:
     c = _drawn(seed)
     fits(c, close=1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny
@@ -55,6 +55,7 @@ def test_arithmetic_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=40)
+@example(rows=15, batch=1, share=0.125)  # as many are kept of 9, 4 and 6 rows, and more of 15
 @given(rows=st.integers(1, 40), batch=st.integers(1, 12), share=st.floats(0, 1))
 def test_rows_of_any_number(rows: int, batch: int, share: float) -> None:
     """A plan from 9, 4 and 6 rows is the code, for every number of them."""
@@ -135,6 +136,7 @@ def _assigns(given: Any, devices: Any) -> Any:
         (lambda g, d: {"b": np.arange(d.data["x"].values.shape[1])}, "needs a value"),
         (lambda g, d: {"b": min(4, d.data["x"].values.shape[1])}, "needs a value"),
         (lambda g, d: {"b": np.asarray(g["a"])}, "needs a value"),
+        (lambda g, d: {"b": g["a"][g["a"] > 5]}, "picks by a mask"),
         (lambda g, d: {"b": [v for v in d.data["x"].values[0]]}, "needs a value"),
         (_assigns, "assigns to a part"),
         (lambda g, d: {"b": np.linalg.svd(g["a"])}, "no plan has np.svd"),

@@ -23,6 +23,7 @@ from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.runtime import compute as runtime_compute
 from kitestring.devices.runtime import session as runtime_session
 from kitestring.devices.runtime.compute import OrtCompute
+from kitestring.devices.runtime.graph import Graph
 from kitestring.devices.session import DeviceSession
 from kitestring.errors import DataError, PackageError, SettingError, TaskError
 from kitestring.export.graphs import backward_graph, predict_graph, step_graph
@@ -36,11 +37,22 @@ def of(kind: str, n: list[int] | None = None) -> Case:
     return Case(*devices(kind, n or N))
 
 
-def all_three(c: Case, recipe: Recipe = PLAIN) -> OrtCompute:
-    return runtime(
-        c.program, predict_graph(c.program, c.rows), step_graph(c.program, c.rows, recipe),
-        backward_graph(c.program, c.rows),
-    )  # fmt: skip
+def all_three(c: Case) -> OrtCompute:
+    return runtime(c.program, *_graphs(c))
+
+
+def _graphs(c: Case) -> list[Graph]:
+    """Each program's are exported once: those of `of` are alike whatever the rows."""
+    name = repr(c.program.module)
+    if name not in _KNOWN:
+        _KNOWN[name] = [
+            predict_graph(c.program, c.rows), step_graph(c.program, c.rows, PLAIN),
+            backward_graph(c.program, c.rows),
+        ]  # fmt: skip
+    return _KNOWN[name]
+
+
+_KNOWN: dict[str, list[Graph]] = {}
 
 
 # --- one graph for all sizes
@@ -150,7 +162,7 @@ def test_columns_that_nothing_reads_do_not_matter() -> None:
 
 def test_a_graph_that_is_not_there() -> None:
     c = of("mlp")
-    ort = runtime(c.program, predict_graph(c.program, c.rows))
+    ort = runtime(c.program, _graphs(c)[0])
     with told(PackageError, "no graph for fit (sgd of 4 weights) of 'p'", "y int64[]",
               mend="predict of 'p' on x float32[4]"):  # fmt: skip
         ort.fit("p", c.weights, c.rows, PLAIN, key=keys(4))
@@ -160,6 +172,8 @@ def test_a_graph_that_is_not_there() -> None:
         ort.predict("p", c.weights, {"x": Rows(c.rows["x"].values[..., :2], c.rows["x"].n)})
     with told(PackageError, "no graph for predict of 'q'", mend="There are programs: p"):
         ort.predict("q", c.weights, c.rows)
+    with told(PackageError, "no graph for fit of 'q'", mend="There are programs: p"):
+        ort.fit("q", c.weights, c.rows, PLAIN, key=keys(4))
     with told(SettingError, "unknown program 'q'"):
         ort.initial("q")
 
@@ -231,7 +245,7 @@ def test_tokens_beyond_their_table(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_providers_must_be_there() -> None:
     c = of("mlp")
-    graph = predict_graph(c.program, c.rows).model
+    graph = _graphs(c)[0].model
     there = onnxruntime.get_available_providers()
     missing = next(p for p in onnxruntime.get_all_providers() if p not in there)
     with told(SettingError, missing, mend="CPUExecutionProvider"):
@@ -375,6 +389,7 @@ sys.modules["torch"] = None  # importing it is an error
 import numpy as np
 from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.runtime.compute import OrtCompute
+from kitestring.devices.runtime.graph import Graph
 assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 compute = OrtCompute({name: open(name, "rb").read() for name in sys.argv[1:]}, {})
 w = {k: np.zeros((1, *leaf.shape), leaf.dtype)

@@ -149,8 +149,20 @@ class Builder:
             return self.each(kind, *xs[::-1])
         held = broadcast(*(x.held for x in xs))
         dtype = xs[0].dtype if dtype is None else dtype
-        found = self.op(kind, list(xs), held, dtype, **attributes)
-        return replace(found, shape=broadcast(*(x.shape for x in xs)))
+        shape, flat = broadcast(*(x.shape for x in xs)), self._flat(held)
+        if flat is None or {x.held for x in xs} != {held, ()}:
+            return replace(self.op(kind, list(xs), held, dtype, **attributes), shape=shape)
+        few = [self._reshape(replace(x, shape=held), flat) if x.held == held else x for x in xs]
+        found = self.op(kind, few, flat, dtype, **attributes)
+        return replace(self._reshape(found, held), shape=shape)
+
+    def _flat(self, held: Shape) -> Shape | None:
+        """Large arrays that end in axes of 1, as kernels of 1 x 1 do, are slow to combine with a
+        number in ONNX Runtime: without those axes they are not."""
+        size = times(held)
+        if not held or held[-1] != 1 or not isinstance(size, int) or size <= _FEW:
+            return None
+        return (size,)
 
     def _is_one(self, x: Value) -> bool:
         found = self._constants.get(x.name)

@@ -106,9 +106,7 @@ def _convolution_backward(
     if mask[0] and transposed:
         by_x = aten.convolution(slope, weight, None, *args, False, [0] * len(stride), groups)
     elif mask[0]:
-        sizes = zip(x.shape[2:], slope.shape[2:], weight.shape[2:], *args, strict=True)
-        left = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in sizes]
-        by_x = aten.convolution(slope, weight, None, *args, True, left, groups)
+        by_x = _by_input(slope, x, weight, *args, groups)
     if mask[1]:
         # In a transposed convolution, the input and the slope change places.
         pair = (slope, x) if transposed else (x, slope)
@@ -118,13 +116,34 @@ def _convolution_backward(
     return by_x, by_weight, by_bias
 
 
+def _by_input(
+    slope: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """As a transposed convolution; of each channel by itself as one with the kernel turned round,
+    for which runtimes have faster code."""
+    kernel = list(weight.shape[2:])
+    inner = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    alone = len(weight) == groups > 1 == weight.shape[1]
+    if alone and set(stride) == {1} and min(inner) >= 0:
+        turned = weight.flip(list(range(2, weight.ndim)))
+        found = aten.convolution(
+            slope, turned, None, stride, inner, dilation, False, [0] * len(stride), groups
+        )
+    else:
+        spans = zip(x.shape[2:], slope.shape[2:], kernel, stride, padding, dilation, strict=True)
+        left = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in spans]
+        found = aten.convolution(slope, weight, None, stride, padding, dilation, True, left, groups)
+    return found  # type: ignore[no-any-return]
+
+
 def _by_weight(
     x: Tensor, slope: Tensor, shape: list[int], stride: list[int], padding: list[int],
     dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """Of a kernel [O, C / groups, ...] from inputs [n, C, ...] and slopes [n, O, ...]."""
-    if groups == 1 and prod(shape[2:]) <= _TAPS:
-        return _by_taps(x, slope, shape, stride, padding, dilation)
+    if prod(shape[2:]) <= _TAPS:
+        return _by_taps(x, slope, shape, stride, padding, dilation, groups)
     # As a convolution whose kernel is the slope, and whose channels are the rows.
     n, wide = x.shape[0], shape[1]
     x = x.reshape(n, groups, wide, *x.shape[2:]).transpose(0, 2)
@@ -140,22 +159,40 @@ def _by_weight(
 
 def _by_taps(
     x: Tensor, slope: Tensor, shape: list[int], stride: list[int], padding: list[int],
-    dilation: list[int],
+    dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """As a product: what lies under each place of the kernel, side by side, by the slope."""
-    n, out, places = slope.shape[0], slope.shape[1], list(slope.shape[2:])
+    (n, out), places = slope.shape[:2], list(slope.shape[2:])
     if any(padding):
         x = F.pad(x, [p for p in reversed(padding) for _ in (0, 1)])
-    taps = []
+    taps, many = [], prod(places)
     for at in product(*(range(k) for k in shape[2:])):
         tap = x
         for axis, (i, m) in enumerate(zip(at, places, strict=True)):
             start, step = i * dilation[axis], stride[axis]
             tap = aten.slice(tap, axis + 2, start, start + (m - 1) * step + 1, step)
         taps.append(tap)
-    under = torch.cat(taps, 1).reshape(n, len(taps) * shape[1], prod(places))
-    found = (slope.reshape(n, out, prod(places)) @ under.transpose(1, 2)).sum(0)
+    if groups > 1:
+        return _by_taps_in_groups(taps, slope, shape, groups)
+    many, wide = prod(places), shape[1] * len(taps)
+    under = torch.cat(taps, 1).reshape(n, wide, many)
+    slopes = slope.reshape(n, out, many)
+    if many * (out + wide) < out * wide:  # less to move than to add up
+        under, slopes = (v.transpose(0, 1).reshape(v.shape[1], n * many) for v in (under, slopes))
+        found = slopes @ under.t()
+    else:
+        found = (slopes @ under.transpose(1, 2)).sum(0)
     return found.reshape(out, len(taps), shape[1]).transpose(1, 2).reshape(shape)
+
+
+def _by_taps_in_groups(
+    taps: Sequence[Tensor], slope: Tensor, shape: list[int], groups: int
+) -> Tensor:
+    (n, out), many = slope.shape[:2], prod(slope.shape[2:])
+    parts = [tap.reshape(n, tap.shape[1], 1, many) for tap in taps]
+    under = torch.cat(parts, 2).reshape(n, groups, shape[1] * len(taps), many)
+    slopes = slope.reshape(n, groups, out // groups, many)
+    return (under @ slopes.transpose(2, 3)).sum(0).transpose(1, 2).reshape(shape)
 
 
 _OURS: dict[Any, Callable[..., Any]] = {

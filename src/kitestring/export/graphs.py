@@ -113,7 +113,7 @@ def backward_graph(
     source = _Source(program, columns, "backward")
     if not cotangents:
         source.need_loss()
-    chosen = source.trained(("",))
+    chosen = program.chosen(("",))
     floats = [k for k, leaf in source.leaves.items() if np.dtype(leaf.dtype).kind == "f"]
     by = source.cotangents(cotangents)
 

@@ -51,7 +51,7 @@ _INSTEAD: Mapping[str, str] = {
     r"unfold|col2im|im2col": "Use a convolution, or slices and torch.cat",
     r"_cudnn|mkldnn|_thnn": "Use the layer of torch.nn on the CPU",
 }  # fmt: skip
-_OTHERWISE = "Write it with the operations of the layers that the documentation lists"
+_OTHERWISE = "Write it with sums, products, convolutions, activations and indices of torch"
 _SHOWN = 160
 
 

@@ -15,7 +15,6 @@ from kitestring.devices.profiles import LINK, PROFILES, Profile, published, refe
 from kitestring.measure.bench import Measured, Pair, Ratio, Report
 from kitestring.report.terminal import indented, new_table
 
-
 _LEGEND = (
     "memory: at its peak, beyond imports   moved: bytes of weights and activations\n"
     "~ modelled: arithmetic and memory, without radio and screen"

@@ -10,7 +10,7 @@ what would need a value while recording (an `if`, `int()`, `np.arange`) is refus
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from kitestring.errors import TaskError
 from kitestring.package.plan import OPERATIONS, Plan, Step, given, numbers
 
 _MOST = 65536  # numbers in a constant: what is larger belongs into a message
+_OWN_SHAPES = ("initial", "fit", "backward")  # weights are as large as they are
 _RENAMED = {"amax": "max", "amin": "min"}
 
 
@@ -83,6 +84,8 @@ class Recorder:
     def step(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any], results: Any) -> Any:
         """Note a step, of which `results` are what each example's device got."""
         out = self.inputs(results)
+        if op == "fullest" or (op not in _OWN_SHAPES and _loose([*args, *kwargs.values()])):
+            _loosen(out)
         noted = tuple(self.given(a) for a in args)
         named = {k: self.given(a) for k, a in kwargs.items()}
         self.steps.append(Step(op, noted, named, self.given(out)))
@@ -113,6 +116,27 @@ def _needed(form: Any, wanted: set[int]) -> Any:
         return form
     parts = {k: part for k, part in form["dict"].items() if wanted.intersection(numbers(part))}
     return {"dict": {k: _needed(part, wanted) for k, part in parts.items()}}
+
+
+def _examples(thing: Any) -> Iterator[Example]:
+    if isinstance(thing, Example):
+        yield thing
+    elif isinstance(thing, Rows):
+        yield from _examples([thing.values, thing.n])
+    elif isinstance(thing, Mapping):
+        yield from _examples(list(thing.values()))
+    elif isinstance(thing, list | tuple):
+        for part in thing:
+            yield from _examples(part)
+
+
+def _loose(things: Any) -> bool:
+    return any(e.loose for e in _examples(things))
+
+
+def _loosen(things: Any) -> None:
+    for e in _examples(things):
+        e.loose = True
 
 
 def _of(thing: Any, i: int) -> Any:
@@ -149,7 +173,12 @@ _INSTEAD = "Use np.where, np.minimum, masks or np.ones_like instead"
 
 
 class Example(NDArrayOperatorsMixin):
-    """Stands for an array: what it would be for each example's device."""
+    """Stands for an array: what it would be for each example's device.
+
+    `loose`: how large it is follows from values somewhere, so that examples which agree in a size
+    prove nothing."""
+
+    loose = False
 
     def __init__(self, of: Recorder, number: int, arrays: Sequence[Array]) -> None:
         self._of, self.number = of, number
@@ -166,7 +195,7 @@ class Example(NDArrayOperatorsMixin):
 
     def _size(self, axis: int) -> Any:
         sizes = [a.shape[axis] for a in self.arrays]
-        if len(set(sizes)) == 1:
+        if len(set(sizes)) == 1 and not (self.loose and axis):
             return int(sizes[0])
         return self._of.step("size", (self, axis), {}, [np.array(s) for s in sizes])
 
@@ -184,6 +213,8 @@ class Example(NDArrayOperatorsMixin):
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
+        if any(e.dtype == bool for e in _examples(index)):
+            raise self._of.refuse("device code picks by a mask", "Use np.where, or Rows.keep")
         results = [a[_of(index, i)] for i, a in enumerate(self.arrays)]
         return self._of.step("index", (self, index), {}, results)
 

@@ -77,7 +77,7 @@ class OrtCompute:
         key: Array,
     ) -> Fit:
         """`key` [D] draws the batches, and what dropout keeps."""
-        trainable = self._trainable(program)
+        trainable = self._trainable(program, rows)
         trained = check(program, trainable, weights, rows, recipe, centre, linear)
         towards = Tree({k: weights[k] for k in trained}) if centre is None else centre
         pushed = Tree() if linear is None else linear
@@ -93,7 +93,7 @@ class OrtCompute:
         terms |= {f"linear:{k}": pushed[k] for k in form.linear}
         for d, steps in enumerate(plan.steps.tolist()):
             if steps:
-                own = {k: np.ascontiguousarray(v[d], np.float32) for k, v in terms.items()}
+                own = {k: _typed(about, k, v[d]) for k, v in terms.items()}
                 fixed = {**_weights(about, weights, d), **_settings(form, recipe), **own}
                 columns = {f"x:{k}": _own(rows[k], d, int(n[d])) for k in about.columns}
                 run = Steps(session, fixed, columns, key[d : d + 1])
@@ -146,9 +146,9 @@ class OrtCompute:
                     a[d, :n] = out[f"dx:{k}"]
         return loss, Tree(slopes), Tree({k: Rows(v, first.n) for k, v in back.items()})
 
-    def _trainable(self, program: str) -> tuple[str, ...]:
-        found = (g.about.trainable for g in self._graphs if g.about.program == program)
-        return next(found, ())
+    def _trainable(self, program: str, rows: Mapping[str, Rows]) -> tuple[str, ...]:
+        of_it = [g.about for g in self._graphs if g.about.program == program]
+        return (of_it or [self._find("fit", program, rows, lambda a: True).about])[0].trainable
 
     def _find(
         self, what: str, program: str, columns: Mapping[str, Rows], fits: Callable[[About], bool]
@@ -185,6 +185,11 @@ def _weights(about: About, weights: Tree, d: int) -> dict[str, Array]:
         f"w:{k}": np.ascontiguousarray(weights[k][d], leaf.dtype)
         for k, leaf in about.weights.items() if k not in about.tied
     }  # fmt: skip
+
+
+def _typed(about: About, term: str, leaf: Array) -> Array:
+    """In the dtype of its weight."""
+    return np.ascontiguousarray(leaf, about.weights[term.partition(":")[2]].dtype)
 
 
 def _settings(form: Form, recipe: Recipe) -> dict[str, Array]:

@@ -94,11 +94,12 @@ class Steps:
         self._failed = session.failed
         self._draws: tuple[Draw, ...] = session.about.draws
         moving = [name.removeprefix(NEXT) for name in session.outputs if name.startswith(NEXT)]
-        shapes = {i.name: i.shape for i in self._ort.get_inputs()}
-        # Memory is zero at first; a weight that no gradient needs is no input, but still moves.
-        start = {k: fixed[k] if k in fixed else np.zeros(shapes[k], np.float32) for k in moving}
-        self._lies = [{k: np.array(a) for k, a in start.items()} for _ in range(2)]
-        self._count = np.zeros((), np.int64)
+        wanted = {i.name: i for i in self._ort.get_inputs()}
+        self._lies = [  # memory is zero at first
+            {k: np.array(fixed[k]) if k in fixed else _zeros(wanted[k]) for k in moving}
+            for _ in range(2)
+        ]
+        self._done, self._count = 0, np.zeros((), np.int64)
         self._loss = np.zeros((), np.float32)
         inputs = {k: a for k, a in {**fixed, "step": self._count}.items() if k in session.inputs}
         self._fixed = {k: _held(a) for k, a in inputs.items() if k not in moving}
@@ -155,6 +156,11 @@ class Steps:
 class _Batch:
     def __init__(self, columns: dict[str, Array], draws: list[Array], bindings: list[Any]) -> None:
         self.columns, self.draws, self.bindings = columns, draws, bindings
+
+
+def _zeros(wanted: Any) -> Array:
+    kind = {"tensor(float)": np.float32, "tensor(double)": np.float64}[wanted.type]
+    return np.zeros(wanted.shape, kind)
 
 
 def _held(array: Array) -> Any:
