@@ -1,7 +1,7 @@
 """Every collaboration from a package, in a process that cannot import torch: as in the simulator.
 
-Float error: ONNX Runtime's kernels add up in another order than torch's. Over the up to 16 steps
-here states and private states stay within TOLERANCE of a leaf's largest value; bytes are equal.
+Float error: ONNX Runtime's kernels add up in another order than torch's. After the up to 16 steps
+here the largest difference measured on x86-64, of a leaf's largest value, was 8e-7; bytes are equal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kitestring.errors import PackageError, RunError, SettingError
 from kitestring.pack.build import Built, Source, build
 from kitestring.package import archive, keys
 
-TOLERANCE = 5e-5
+TOLERANCE = 1e-5
 DEVICE = """
 import sys
 for heavy in ("torch", "onnx", "onnxscript", "scipy", "sklearn", "matplotlib", "rich", "llvmlite"):
