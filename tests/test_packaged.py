@@ -1,7 +1,7 @@
 """Every collaboration from a package, in a process that cannot import torch: as in the simulator.
 
-Float error: ONNX Runtime's kernels add up in another order than torch's. After the up to 16 steps
-here the largest difference measured on x86-64, of a leaf's largest value, was 8e-7; bytes are equal.
+Float error: ONNX Runtime adds up in another order than torch. After the up to 16 steps here the
+largest difference measured on x86-64, of a leaf's largest value, was 8e-7; bytes are equal.
 """
 
 from __future__ import annotations

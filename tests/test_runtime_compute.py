@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from exported import PLAIN, Beside, Case, case, near, numbers, runtime, tokens, torch_of
 from kitestring import dice
 from kitestring.core import Recipe, Rows, Tree
+from kitestring.devices.fit.compute import TorchCompute
+from kitestring.devices.fit.programs import Program
 from kitestring.devices.runtime import compute as runtime_compute
 from kitestring.devices.runtime import session as runtime_session
 from kitestring.devices.runtime.compute import OrtCompute
 from kitestring.devices.runtime.graph import Graph
-from kitestring.devices.session import DeviceSession
+from kitestring.devices.runtime.settled import settled
+from kitestring.devices.session import DeviceSession, broadcast
 from kitestring.errors import DataError, PackageError, SettingError, TaskError
 from kitestring.export.graphs import backward_graph, predict_graph, step_graph
 from modules import device, devices, keys
@@ -415,3 +418,39 @@ def test_a_device_needs_no_torch(tmp_path: Path) -> None:
     loss, moved = out.stdout.split()
     assert 0.9 < float(loss) < np.log(3)
     assert moved == "True"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return {"out": self.layers(batch["x"])}
+
+
+def test_weights_that_stay_are_built_in_and_others_are_not() -> None:
+    """Read-only weights that come again give what they gave; others under the same names, written
+    to in place or not, are never taken for them."""
+    program = Program("net", Net())
+    x = np.random.default_rng(0).normal(size=(1, 5, 4)).astype(np.float32)
+    rows = {"x": Rows(x, np.array([5]))}
+    model = predict_graph(program, rows).model
+    compute = OrtCompute({"graph": model}, {"net": program.initial()})
+    reference = TorchCompute({"net": program}, "sequential")
+    built_in = 0
+    for scale in (1.0, -2.0):
+        still = broadcast(program.initial() * np.float32(scale), 1)
+        moving = Tree({k: np.array(a) for k, a in still.items()})
+        for _ in range(3):
+            for weights in (still, still, moving):
+                found = compute.predict("net", weights, rows)["out"].values
+                wanted = reference.predict("net", weights, rows)["out"].values
+                assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+            moving["layers.0.weight"] += 1
+        built_in += sum(s.session is not None for s in compute._settled.values())
+    assert built_in == 2
+    ends = onnx.load_from_string(settled(model, {"w:layers.0.bias": np.ones(8, np.float32)}))
+    assert "w:layers.0.bias" in [t.name for t in ends.graph.initializer]
+    assert "w:layers.0.bias" not in [i.name for i in ends.graph.input]
+    onnx.checker.check_model(ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +20,10 @@ _BLOCK = 512  # rows predicted at a time
 class OrtCompute:
     """`graphs`: serialised models by any name; each says itself what it computes. `initial`: the
     weights that programs are delivered with. `providers`: ONNX Runtime's, the first one that can
-    compute an operator does. Devices are computed one after the other: a real one is alone."""
+    compute an operator does. Devices are computed one after the other: a real one is alone.
+
+    Weights that nobody can write to, as `broadcast` gives them, are taken not to change: those that
+    come a second time to `predict` are built into its graph."""
 
     concurrent = True  # several threads may call at once: what a call changes is its own
 
@@ -35,6 +39,7 @@ class OrtCompute:
         known = checked(providers)
         self._graphs = [Session(Graph(model), threads, known) for model in graphs.values()]
         self._initial = dict(initial)
+        self._settled: dict[int, _Settled] = {}
 
     def initial(self, program: str) -> Tree:
         """Without a device axis."""
@@ -48,8 +53,9 @@ class OrtCompute:
 
     def predict(self, program: str, weights: Tree, inputs: Mapping[str, Rows]) -> Tree:
         session = self._find("predict", program, inputs, lambda a: a.primitive == "predict")
-        about = session.about
-        _check_weights(about, weights)
+        about, built_in = session.about, self._built_in(session, weights)
+        if built_in is None:
+            _check_weights(about, weights)
         first = next(iter(inputs.values()))
         width = first.shape[1]
         made = {
@@ -57,11 +63,11 @@ class OrtCompute:
             for k, leaf in about.outputs.items()
         }
         for d, n in enumerate(first.n.tolist()):
-            given = _weights(about, weights, d)
+            given = _weights(about, weights, d) if built_in is None else {}
             columns = {f"x:{k}": _own(inputs[k], d, n) for k in about.columns}
             for at in range(0, n, _BLOCK):
                 part = {k: v[at : at + _BLOCK] for k, v in columns.items()}
-                for name, out in session.run({**given, **part}).items():
+                for name, out in (built_in or session).run({**given, **part}).items():
                     made[name.removeprefix("out:")][d, at : at + _BLOCK][: len(out)] = out
         return Tree({k: Rows(v, first.n) for k, v in made.items()})
 
@@ -146,6 +152,21 @@ class OrtCompute:
                     a[d, :n] = out[f"dx:{k}"]
         return loss, Tree(slopes), Tree({k: Rows(v, first.n) for k, v in back.items()})
 
+    def _built_in(self, session: Session, weights: Tree) -> Session | None:
+        """The graph with one device's weights built in, from the second time on that they come and
+        where nobody can write to them."""
+        leaves = list(weights.values())
+        if any(a.flags.writeable or len(a) != 1 for a in leaves):
+            return None
+        known = self._settled.get(id(session))
+        if known is None or not known.same(weights):
+            self._settled[id(session)] = _Settled(Tree(weights))
+            return None
+        if known.session is None:
+            _check_weights(session.about, weights)
+            known.session = session.settled(_weights(session.about, weights, 0))
+        return known.session
+
     def _trainable(self, program: str, rows: Mapping[str, Rows]) -> tuple[str, ...]:
         of_it = [g.about for g in self._graphs if g.about.program == program]
         return (of_it or [self._find("fit", program, rows, lambda a: True).about])[0].trainable
@@ -165,6 +186,25 @@ class OrtCompute:
             f"no graph for {what} of {program!r} on {on}", "device runtime",
             f"There is: {there}" if there else f"There are programs: {', '.join(others) or 'none'}",
         )  # fmt: skip
+
+
+@dataclass
+class _Settled:
+    """Weights that came last: kept, so that nothing else comes to lie where they do."""
+
+    weights: Tree
+    session: Session | None = None
+
+    def same(self, weights: Tree) -> bool:
+        """The same memory under the same names."""
+        return weights.keys() == self.weights.keys() and all(
+            a is b or _place(a) == _place(b)
+            for a, b in ((weights[k], kept) for k, kept in self.weights.items())
+        )
+
+
+def _place(a: Array) -> tuple[int, tuple[int, ...], str]:
+    return a.__array_interface__["data"][0], a.shape, a.dtype.str
 
 
 def _check_weights(about: About, weights: Tree) -> None:

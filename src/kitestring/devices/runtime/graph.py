@@ -173,23 +173,23 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     out. So no parser of ONNX is needed on a device."""
     view, at = memoryview(message), 0
     while at < len(view):
-        tag, at = _number(view, at)
+        tag, at = read_number(view, at)
         if tag & 7 == 2:
-            size, at = _number(view, at)
+            size, at = read_number(view, at)
             if at + size > len(view):
                 raise ValueError("it ends too early")
             if tag >> 3 != _GRAPH:
                 yield tag >> 3, bytes(view[at : at + size])
             at += size
         elif tag & 7 == 0:
-            _, at = _number(view, at)
+            _, at = read_number(view, at)
         elif tag & 7 in (1, 5):
             at += 8 if tag & 7 == 1 else 4
         else:
             raise ValueError("an unknown kind of field")
 
 
-def _number(view: memoryview, at: int) -> tuple[int, int]:
+def read_number(view: memoryview, at: int) -> tuple[int, int]:
     """A variable-length integer, and where it ends."""
     value, shift = 0, 0
     while True:

@@ -16,6 +16,7 @@ import onnxruntime as ort
 from kitestring import dice
 from kitestring.core import Array
 from kitestring.devices.runtime.graph import NEXT, Draw, Graph
+from kitestring.devices.runtime.settled import settled
 from kitestring.errors import DataError, PackageError, SettingError
 
 CPU = ("CPUExecutionProvider",)
@@ -62,6 +63,12 @@ class Session:
                 self.inputs = [i.name for i in self._made.get_inputs()]
                 self.outputs = [o.name for o in self._made.get_outputs()]
             return self._made
+
+    def settled(self, given: Mapping[str, Array]) -> Session:
+        """The same with those of its inputs built in."""
+        names = [i.name for i in self.ort.get_inputs()]
+        model = settled(self._graph.model, {k: a for k, a in given.items() if k in names})
+        return Session(Graph(model), self._threads, self._providers)
 
     def run(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Of what is given, what the graph reads."""
