@@ -82,16 +82,22 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert any(n.endswith("/licenses/LICENSE") for n in names)
 
 
-def test_a_device_installs_numpy_and_nothing_else(device: Path, tmp_path: Path) -> None:
+def test_a_device_installs_what_runs_and_opens_packages_and_nothing_else(
+    device: Path, tmp_path: Path
+) -> None:
     frozen = must(device / "python", "-m", "pip", "list", "--format=freeze", cwd=tmp_path)
     names = {line.split("==")[0].lower() for line in frozen.splitlines()}
-    assert names - {"pip", "setuptools"} == {"kitestring", "numpy"}
+    runs = {"numpy", "onnxruntime", "flatbuffers", "packaging", "protobuf"}
+    opens = {"safetensors", "cryptography", "cffi", "pycparser"}
+    # Newer releases of these need less; anything that is not named here is one too many.
+    assert names - {"pip", "setuptools"} <= {"kitestring"} | runs | opens
+    assert {"kitestring", "numpy", "onnxruntime", "safetensors", "cryptography"} <= names
     done = run(device / "python", "-c", "import torch", cwd=tmp_path)
     assert "ModuleNotFoundError" in done.stderr
 
 
 def test_device_cloud_and_collaborations_import_without_torch(device: Path, tmp_path: Path) -> None:
-    layers = ("exchange", "devices", "cloud", "collaborate")
+    layers = ("exchange", "devices", "cloud", "collaborate", "package")
     imported = must(device / "python", "-W", "error", "-c", IMPORT_ALL, *layers, cwd=tmp_path)
     for layer in layers:
         assert f"kitestring.{layer}." in imported

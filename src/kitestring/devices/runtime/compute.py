@@ -9,7 +9,7 @@ import numpy as np
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.recipes import check
-from kitestring.devices.runtime.graph import About, Form, Graph, Leaf
+from kitestring.devices.runtime.graph import About, Form, Graph
 from kitestring.devices.runtime.session import CPU, Session, Steps, checked
 from kitestring.devices.schedule import schedule
 from kitestring.errors import PackageError, TaskError, unknown
@@ -155,12 +155,10 @@ class OrtCompute:
     def _built_in(self, session: Session, weights: Tree) -> Session | None:
         """The graph with one device's weights built in, from the second time on that they come and
         where nobody can write to them."""
-        leaves = list(weights.values())
-        if any(a.flags.writeable or len(a) != 1 for a in leaves):
-            return None
         known = self._settled.get(id(session))
         if known is None or not known.same(weights):
-            self._settled[id(session)] = _Settled(Tree(weights))
+            if not any(a.flags.writeable or len(a) != 1 for a in weights.values()):
+                self._settled[id(session)] = _Settled(Tree(weights))
             return None
         if known.session is None:
             _check_weights(session.about, weights)
@@ -174,12 +172,11 @@ class OrtCompute:
     def _find(
         self, what: str, program: str, columns: Mapping[str, Rows], fits: Callable[[About], bool]
     ) -> Session:
-        leaves = {k: Leaf(str(np.dtype(r.row[1])), tuple(r.row[0])) for k, r in columns.items()}
         of_it = [g for g in self._graphs if g.about.program == program]
         for graph in of_it:
-            if fits(graph.about) and graph.about.reads(leaves):
+            if fits(graph.about) and graph.about.reads(columns):
                 return graph
-        on = ", ".join(f"{k} {leaf.dtype}{list(leaf.shape)}" for k, leaf in leaves.items())
+        on = ", ".join(f"{k} {r.row[1]}{list(r.row[0])}" for k, r in columns.items())
         there = "; ".join(g.about.label for g in of_it)
         others = sorted({g.about.program for g in self._graphs})
         raise PackageError(
@@ -196,11 +193,12 @@ class _Settled:
     session: Session | None = None
 
     def same(self, weights: Tree) -> bool:
-        """The same memory under the same names."""
-        return weights.keys() == self.weights.keys() and all(
-            a is b or _place(a) == _place(b)
-            for a, b in ((weights[k], kept) for k, kept in self.weights.items())
-        )
+        """The same memory under the same names, and nobody can write to it."""
+        if weights.keys() != self.weights.keys():
+            return False
+        pairs = [(weights[k], kept) for k, kept in self.weights.items()]
+        odd = [(a, kept) for a, kept in pairs if a is not kept]
+        return all(not a.flags.writeable and _place(a) == _place(kept) for a, kept in odd)
 
 
 def _place(a: Array) -> tuple[int, tuple[int, ...], str]:

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from kitestring.core import Recipe
+import numpy as np
+
+from kitestring.core import Recipe, Rows
 from kitestring.errors import PackageError
 
 KEY, FORMAT = "kitestring", 1
@@ -108,9 +110,13 @@ class About:
     form: Form | None = None
     draws: tuple[Draw, ...] = ()
 
-    def reads(self, columns: Mapping[str, Leaf]) -> bool:
+    def reads(self, columns: Mapping[str, Rows]) -> bool:
         """Whether these columns are what it can read; it leaves out what it does not need."""
-        return all(columns.get(name) == leaf for name, leaf in self.columns.items())
+        return all(k in columns and columns[k].row == row for k, row in self._rows.items())
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        return {k: (leaf.shape, np.dtype(leaf.dtype)) for k, leaf in self.columns.items()}
 
     @property
     def label(self) -> str:
