@@ -95,6 +95,26 @@ def test_a_byte_that_changes_is_found(
     assert found.manifest == archive.read(package, known).manifest
 
 
+@pytest.mark.parametrize(
+    ("at", "field"),
+    [(8, b"\1"), (8, b"\x20"), (10, b"\x0c"), (10, b"\x0e"), (10, b"\x63"), (20, b"\5\0\0\0"),
+     (42, b"\7")],
+    ids=["encrypted", "patched", "bzip2", "lzma", "unknown method", "shorter", "elsewhere"],
+)  # fmt: skip
+def test_other_words_about_the_manifest(
+    package: Path, known: frozenset[str], at: int, field: bytes
+) -> None:
+    """In fields of the ZIP's central directory: APPNOTE 6.3.10, section 4.3.12."""
+    blob = bytearray(package.read_bytes())
+    start = blob.index(b"PK\1\2") + at
+    blob[start : start + len(field)] = field
+    package.write_bytes(blob)
+    for look in (lambda: archive.read(package, known), lambda: archive.unsigned(package)):
+        with pytest.raises(PackageError, match="damaged one") as found:
+            look()
+        assert found.value.mend
+
+
 @pytest.mark.parametrize("length", [0, 1, 100, -1, -30])
 def test_half_a_file_is_refused(package: Path, known: frozenset[str], length: int) -> None:
     package.write_bytes(package.read_bytes()[:length])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -643,8 +644,9 @@ def cut(*words: str | Path) -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of somebody's own, with a model that is best cut in the middle on a slow link."""
+    monkeypatch.delitem(sys.modules, "own_net", raising=False)
     file = tmp_path / "own_net.py"
     file.write_text(
         "from torch import nn\n\n\ndef net():\n    return nn.Sequential(nn.AvgPool1d(1000), "

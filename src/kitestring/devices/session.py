@@ -70,6 +70,12 @@ class DeviceSession:
         self.flops: Any = np.zeros(len(ids))
         self._compute, self._ids, self._seed, self._serial = compute, ids, seed, serial
 
+    def anew(self) -> DeviceSession:
+        """The same devices, with nothing done yet."""
+        return DeviceSession(
+            self._compute, self._ids, self._seed, self._serial, self.data, self.private
+        )
+
     def _spend(self, program: str, rows: Mapping[str, Rows], passes: float) -> None:
         n = np.asarray(next(iter(rows.values())).n)
         self.flops += n * passes * self._compute.flops(program, rows)

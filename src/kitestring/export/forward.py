@@ -21,26 +21,8 @@ from torch.export import Dim, ExportedProgram
 from kitestring.core import Array
 from kitestring.errors import ExportError
 from kitestring.export.checked import Case, Input
+from kitestring.export.instead import OTHERWISE, instead
 
-# Part of an operator's name -> what to write instead of it.
-INSTEAD = {
-    "linalg": "Compute it outside the model",
-    "cholesky": "Compute it outside the model",
-    "fft": "Multiply by the matrix of the Fourier transform, or compute it outside the model",
-    "stft": "Multiply by the matrix of the Fourier transform, or compute it outside the model",
-    "cdist": "Write the distance out: (a[:, None] - b).square().sum(-1)",
-    "adaptive_max_pool": "Use MaxPool with a kernel and stride of its own",
-    "kthvalue": "Use topk",
-    "median": "Use topk or sort",
-    "searchsorted": "Compare with all borders and sum: (x[..., None] > borders).sum(-1)",
-    "histc": "Compare with all borders and sum",
-    "nonzero": "Keep all rows and multiply by a mask",
-    "unique": "Keep all rows and multiply by a mask",
-    "bernoulli": "Draw outside the model and give it the numbers as an input",
-    "multinomial": "Draw outside the model and give it the numbers as an input",
-    "rand": "Draw outside the model and give it the numbers as an input",
-}
-_OTHERWISE = "Write it with other operators, or compute it outside the model"
 _BRANCH = "Choose with torch.where instead of a Python if, and keep numbers in tensors"
 _TAKES = "It must take any number of rows; --input gives the shape of one"
 _ROWS = "Take the number of rows from the input: x.shape[0]"
@@ -158,7 +140,7 @@ def _untraceable(
         what = "the module decides in Python by a value of a tensor"
         return ExportError(what, place or where, _BRANCH)
     return ExportError(
-        f"torch cannot trace the module: {_said(problem)}", place or where, _OTHERWISE
+        f"torch cannot trace the module: {_said(problem)}", place or where, OTHERWISE
     )
 
 
@@ -169,9 +151,10 @@ def unsupported(problem: Exception, operator: str, target: str, where: str) -> E
 
 
 def refused(operator: str, target: str, node: fx.Node | None, where: str) -> ExportError:
-    mend = next((m for part, m in INSTEAD.items() if part in operator), _OTHERWISE)
     at = _module_of(node) if node is not None else ""
-    return ExportError(f"{target} has no {operator}{f' ({at})' if at else ''}", where, mend)
+    return ExportError(
+        f"{target} has no {operator}{f' ({at})' if at else ''}", where, instead(operator)
+    )
 
 
 def _module_of(node: fx.Node) -> str:

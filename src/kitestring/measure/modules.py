@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
-import sys
-import traceback
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,69 +15,29 @@ from kitestring.devices.fit.programs import Batch, Program
 from kitestring.errors import SettingError, TaskError
 from kitestring.measure.inputs import Row
 from kitestring.measure.operations import Counted
+from kitestring.tasks import named
 
 
 def source(name: str) -> Any:
     """What is named: a module, or a function or class that makes one without arguments."""
     where, _, attribute = name.rpartition(":")
-    module = _from_file(Path(where)) if where.endswith(".py") else _from_module(where)
+    module = named.module(where)
     if not hasattr(module, attribute):
         raise SettingError(f"no {attribute!r} there", where, "Check the name after the colon")
     return getattr(module, attribute)
 
 
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise SettingError("no such file", str(path), "Check the path")
-    path = path.resolve()
-    sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise SettingError("not a Python file", str(path), "Name a file that ends with .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as problem:
-        raise told("the file fails", problem) from None
-    return module
-
-
-def _from_module(name: str) -> ModuleType:
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as problem:
-        if problem.name and (name == problem.name or name.startswith(problem.name + ".")):
-            mend = f"Looked in {Path.cwd()} and among the installed packages"
-            raise SettingError(f"no module {problem.name!r}", mend=mend) from None
-        raise told(f"module {name} fails", problem) from None
-    except Exception as problem:
-        raise told(f"module {name} fails", problem) from None
-
-
 def made(found: Any, name: str) -> nn.Module:
     """A module of its own, as it predicts: its weights are counted as its memory."""
     if not isinstance(found, nn.Module) and callable(found):
-        try:
+        with named.told("it fails"):
             found = found()
-        except Exception as problem:
-            raise told("it fails", problem) from None
     elif isinstance(found, nn.Module):
         found = copy.deepcopy(found)
     if not isinstance(found, nn.Module):
         mend = "Name a torch.nn.Module, or a function without arguments that makes one"
         raise TaskError(f"gives {type(found).__name__}, not a module", name, mend)
     return found.eval()
-
-
-def told(what: str, problem: Exception) -> TaskError:
-    """Somebody's fault as one line, with the line of their code."""
-    said = (str(problem).strip().splitlines() or [""])[0][:160]
-    frames = [f for f in traceback.extract_tb(problem.__traceback__) if f.filename != __file__]
-    own = [f for f in frames if "site-packages" not in f.filename and f.filename[0] != "<"]
-    at = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
-    return TaskError(f"{what} with {type(problem).__name__}: {said}", at, "Mend it there")
 
 
 def rows(module: nn.Module, name: str) -> list[Row]:

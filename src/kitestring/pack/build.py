@@ -17,6 +17,7 @@ from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.runtime import golden
 from kitestring.devices.runtime.compute import OrtCompute
 from kitestring.devices.runtime.golden import Golden
+from kitestring.devices.runtime.graph import Form
 from kitestring.devices.runtime.half import declared
 from kitestring.devices.runtime.load import RUNTIME
 from kitestring.export.builder import LEAST_RUNTIME
@@ -128,16 +129,9 @@ def _distinct(calls: Iterable[Call]) -> list[Call]:
         if call.primitive in ("predict", "fit", "backward"):
             columns = tuple(sorted((k, r.row[0], str(r.row[1])) for k, r in call.columns.items()))
             r = call.recipe
-            form = r and (
-                r.optimiser,
-                r.momentum > 0,
-                r.decay > 0,
-                r.clip is None,
-                r.mu > 0,
-                r.train,
-            )
-            terms = (call.centre, call.linear, tuple(call.cotangents))
-            found.setdefault((call.primitive, call.program, columns, form, terms), call)
+            form = r and Form.of(r, r.train, call.centre, call.linear)
+            of_it = call.primitive, call.program, columns, form, tuple(call.cotangents)
+            found.setdefault(of_it, call)
     return list(found.values())
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from kitestring.core import Decision, Devices, Message, Tree
 from kitestring.devices.runtime.half import DECIDE, INSTALL, MERGE, REPLY, chosen, form
-from kitestring.devices.session import DeviceSession
 from kitestring.errors import TaskError
 from kitestring.pack.rehearse import Scene, apart
 from kitestring.package.plan import Plan, run
@@ -24,7 +23,7 @@ def plans(
     made, calls = {}, []
     for name, found in scenes.items():
         examples = _different(found)
-        sessions, given = [_fresh(s) for s in examples], [s.given for s in examples]
+        sessions, given = [s.session.anew() for s in examples], [s.given for s in examples]
         plan, called = record(name, _code(collaboration, name), sessions, given)
         for scene in found:
             _same(plan, scene)
@@ -40,13 +39,8 @@ def _different(found: Sequence[Scene]) -> list[Scene]:
     return [by_rows[rows] for rows in most]
 
 
-def _fresh(scene: Scene) -> DeviceSession:
-    s = scene.session
-    return DeviceSession(s._compute, s._ids, s._seed, s._serial, s.data, s.private)
-
-
 def _same(plan: Plan, scene: Scene) -> None:
-    session = _fresh(scene)
+    session = scene.session.anew()
     inputs = {**scene.given, "own": Tree(session.data), "private": session.private}
     far = apart(run(plan, inputs, session), scene.made)
     if far:

@@ -65,9 +65,7 @@ class Stage(InProcess):
         super().__init__(self.compute, self.population, self.store)
 
     def _keep(self, name: str, like: DeviceSession, given: Any, made: Any) -> None:
-        ids, seed, serial = like._ids, like._seed, like._serial
-        session = DeviceSession(self.compute, ids, seed, serial, like.data, like.private)
-        self.scenes.setdefault(name, []).append(Scene(session, given, made))
+        self.scenes.setdefault(name, []).append(Scene(like.anew(), given, made))
 
     def _private(self, ids: Array, session: DeviceSession) -> Tree:
         new = self._store.stacked("private", ids) is None

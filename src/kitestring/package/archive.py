@@ -18,7 +18,8 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ from kitestring.package import keys
 SCHEMA = 1
 _LONGEST = 4 * 2**20  # bytes of a manifest or a signature
 _MANIFEST, _SIGNATURE = "manifest.json", "signature.json"
+# What a ZIP that somebody or something changed may raise, and JSON that is not what it should be.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, EOFError),
+    *(RuntimeError, LookupError, TypeError, ValueError),
+)
 _WHEN = (1980, 1, 1, 0, 0, 0)  # the same package has the same bytes
 
 
@@ -69,33 +75,41 @@ def read(path: Path, known: frozenset[str]) -> Package:
     """Raises `PackageError` for a file that is no package, is damaged or tampered with, is of a
     newer schema, or is not signed by one of the `known` keys."""
     where = path.name
-    try:
-        with zipfile.ZipFile(path) as archive:
-            head = _read(archive, _MANIFEST, _LONGEST)
-            mark = json.loads(_read(archive, _SIGNATURE, _LONGEST))
-            key = keys.verify(mark, head, known, where)
-            manifest = json.loads(head)
-            _check_schema(manifest, where)
-            files = {n: _file(archive, n, said, where) for n, said in manifest["files"].items()}
-    except OSError as problem:
-        raise PackageError(f"cannot be read ({problem.strerror})", str(path)) from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, NotImplementedError) as problem:
-        what = f"not a package, or a damaged one ({problem})"
-        raise PackageError(what, where, "Fetch it again") from None
+    with _opened(path) as archive:
+        head = _read(archive, _MANIFEST, _LONGEST)
+        mark = json.loads(_read(archive, _SIGNATURE, _LONGEST))
+        key = keys.verify(mark, head, known, where)
+        manifest = json.loads(head)
+        _check_schema(manifest, where)
+        files = {n: _file(archive, n, said, where) for n, said in manifest["files"].items()}
     return Package(manifest, files, key, where)
 
 
 def unsigned(path: Path) -> Mapping[str, Any]:
     """The manifest of a package of whoever's, to look at. Nothing in it may be relied on."""
+    with _opened(path) as archive:
+        found = json.loads(_read(archive, _MANIFEST, _LONGEST))
+        mark = json.loads(_read(archive, _SIGNATURE, _LONGEST))
+        return {**found, "signed by": str(mark["key"])}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Whatever the bytes are, what is wrong with them is a `PackageError`."""
     try:
         with zipfile.ZipFile(path) as archive:
-            found = json.loads(_read(archive, _MANIFEST, _LONGEST))
-            mark = json.loads(_read(archive, _SIGNATURE, _LONGEST))
-            return {**found, "signed by": str(mark["key"])}
+            yield archive
     except OSError as problem:
-        raise PackageError(f"cannot be read ({problem.strerror})", str(path)) from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError) as problem:
-        raise PackageError(f"not a package, or a damaged one ({problem})", path.name) from None
+        if problem.strerror:
+            raise PackageError(f"cannot be read ({problem.strerror})", str(path)) from None
+        raise _damaged(path, problem) from None
+    except _DAMAGED as problem:
+        raise _damaged(path, problem) from None
+
+
+def _damaged(path: Path, problem: Exception) -> PackageError:
+    why = f" ({problem})" if str(problem) else ""
+    return PackageError(f"not a package, or a damaged one{why}", path.name, "Fetch it again")
 
 
 def _check_schema(manifest: Mapping[str, Any], where: str) -> None:

@@ -82,11 +82,11 @@ def sign(key: Ed25519PrivateKey, blob: bytes) -> dict[str, str]:
 def verify(signature: object, blob: bytes, known: frozenset[str], where: str) -> str:
     """The public key that signed `blob`. Raises `PackageError` unless it is one of `known`."""
     try:
-        assert isinstance(signature, dict)
-        assert signature["algorithm"] == "ed25519"
+        if not isinstance(signature, dict) or signature["algorithm"] != "ed25519":
+            raise ValueError
         public, mark = str(signature["key"]).lower(), bytes.fromhex(signature["signature"])
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-    except (AssertionError, KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError):
         raise PackageError("its signature cannot be read", where, "Fetch it again") from None
     try:
         key.verify(mark, blob)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,18 +57,24 @@ class OrtCompute:
         if built_in is None:
             _check_weights(about, weights)
         first = next(iter(inputs.values()))
-        width = first.shape[1]
+        devices, width = first.shape[:2]
+
+        def run(d: int, at: int, n: int) -> Iterator[tuple[str, Array]]:
+            given = _weights(about, weights, d) if built_in is None else {}
+            given |= {f"x:{k}": _own(inputs[k], d, n)[at : at + _BLOCK] for k in about.columns}
+            for name, out in (built_in or session).run(given).items():
+                yield name.removeprefix("out:"), out
+
+        if devices == 1 and first.n[0] == width <= _BLOCK:
+            return Tree({name: Rows(out[None], first.n) for name, out in run(0, 0, width)})
         made = {
-            k: np.zeros((len(first.n), width, *leaf.shape), leaf.dtype)
+            k: np.zeros((devices, width, *leaf.shape), leaf.dtype)
             for k, leaf in about.outputs.items()
         }
         for d, n in enumerate(first.n.tolist()):
-            given = _weights(about, weights, d) if built_in is None else {}
-            columns = {f"x:{k}": _own(inputs[k], d, n) for k in about.columns}
             for at in range(0, n, _BLOCK):
-                part = {k: v[at : at + _BLOCK] for k, v in columns.items()}
-                for name, out in (built_in or session).run({**given, **part}).items():
-                    made[name.removeprefix("out:")][d, at : at + _BLOCK][: len(out)] = out
+                for name, out in run(d, at, n):
+                    made[name][d, at : at + _BLOCK][: len(out)] = out
         return Tree({k: Rows(v, first.n) for k, v in made.items()})
 
     def fit(
