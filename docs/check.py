@@ -276,6 +276,39 @@ def generate_simulation() -> str | None:
     return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
 
 
+def generate_devices() -> str | None:
+    """The medians of benchmarks/results/devices.md."""
+    home = ROOT / "benchmarks"
+    kept = home / "results" / "devices.json"
+    if not kept.exists():
+        return None
+    sys.path[:0] = [str(PACKAGE.parent), str(home / "devices")]
+    from cases import CASES  # type: ignore[import-not-found]
+
+    from kitestring.units import duration, size
+
+    found = json.loads(kept.read_text())
+    seconds = {
+        (r["case"], r["name"]): statistics.mean(p["0.5"] for p in r["wall"])
+        for r in found["cases"]
+        if not r["failed"]
+    }
+    heads = ["model", "what", "Kitestring", "plain torch", "ONNX Runtime's example", "package"]
+    lines = [heads, ["---"] * len(heads)]
+    for case in CASES:
+        mine = seconds[case.name, "kitestring"]
+        lines.append([
+            case.model, case.title, duration(mine),
+            *(
+                f"{three(seconds[case.name, other] / mine)}×"
+                if (case.name, other) in seconds else "-"
+                for other in ("torch", "runtime")
+            ),
+            size(found["sizes"][f"{case.model}-{case.train or 'predict'}"]["kitestring"]),
+        ])  # fmt: skip
+    return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
+
+
 def three(value: float) -> str:
     """Three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -286,6 +319,7 @@ GENERATORS: dict[str, tuple[str, Callable[[], str | None]]] = {
     "demo": ("README.md", generate_demo),
     "help": ("docs/help.md", generate_help),
     "simulation": ("README.md", generate_simulation),
+    "devices": ("README.md", generate_devices),
     "collaborations": ("README.md", generate_collaborations),
 }
 

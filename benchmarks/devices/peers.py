@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
-from types import TracebackType
 from typing import Any
 
 from cases import Case
+
+from kitestring.measure.answering import Answering, Gone
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -70,48 +69,17 @@ class Failed(Exception):
     """What a contender said when it ended."""
 
 
-@dataclass
-class Peer:
+class Peer(Answering):
     """A fresh process on one core, asleep until it is asked."""
 
-    name: str
-    case: Case
-    folder: Path
-
-    def __enter__(self) -> Peer:
-        self._said = TemporaryFile("w+")
-        script = str(HERE / NAMES[self.name])
-        self._process = subprocess.Popen(
-            [python(self.name, self.case), script, self.case.name, str(self.folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
-            env=variables(),
-        )  # fmt: skip
+    def __init__(self, name: str, case: Case, folder: Path) -> None:
+        script = str(HERE / NAMES[name])
+        super().__init__([python(name, case), script, case.name, str(folder)], variables())
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(self._process.pid, {max(os.sched_getaffinity(0))})
-        return self
+            os.sched_setaffinity(self.id, {max(os.sched_getaffinity(0))})
 
     def ask(self, what: str, **how: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps({"do": what, **how}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._process.wait()
-            self._said.seek(0)
-            raise Failed(reason(self._said.read()))
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._said.close()
+            return super().ask(what, **how)
+        except Gone as gone:
+            raise Failed(reason(gone.said)) from None
