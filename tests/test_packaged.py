@@ -24,7 +24,7 @@ from kitestring.devices.runtime.load import Loaded, load
 from kitestring.engines.local import LocalEngine
 from kitestring.engines.pipe import Pipe
 from kitestring.engines.strict import OtherProcess
-from kitestring.errors import PackageError, RunError, SettingError
+from kitestring.errors import BadReply, PackageError, RunError, SettingError
 from kitestring.pack.build import Built, Source, build
 from kitestring.package import archive, keys
 
@@ -172,6 +172,29 @@ def test_a_device_does_not_send_what_it_did_not_declare(maker: Path, fedavg: Pat
         weights = Tree({k: a[None] for k, a in tiny.compute().initial("small").items()})
         with pytest.raises(Exception, match="crosses but is not declared"):
             hands.reply("train", np.array([0]), 1, Message(parameters=weights))
+
+
+def test_nor_with_a_request(maker: Path, tmp_path: Path) -> None:
+    made = built("classes", "cascade")
+    crosses = {**made.manifest["crosses"], "requests": {"request": {"down": {}, "up": {}}}}
+    package = tmp_path / "a.kite"
+    archive.write(package, {**made.manifest, "crosses": crosses}, made.files, keys.load(maker))
+    with device(package, maker) as pipe:
+        hands = OtherProcess(None, {}, tiny.population(), pipe)
+        hands.open(tiny.collaboration("cascade"), 0)
+        service = tiny.collaboration("cascade").serve()
+        weights = loaded(package, maker).deployed
+        deployed = Message(parameters=Tree({k: a[None] for k, a in weights.items()}))
+        with pytest.raises(Exception, match=r"data\.x crosses but is not declared"):
+            hands.decide(service, np.array([0]), "test", deployed)
+
+
+def test_a_frame_of_another_kind_calls_nothing(maker: Path, fedavg: Path) -> None:
+    with device(fedavg, maker) as pipe:
+        pipe.call("open", {"op": "open", "seed": 0})
+        for op in ("_roll_back", "__init__", "other"):
+            with pytest.raises(BadReply, match=f"no frame is called '{op}'"):
+                pipe.call("somewhere", {"op": op})
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "plans.json", "golden.safetensors"])

@@ -62,8 +62,11 @@ class _Entry:
     arrived: bool = False
 
 
+FRAMES = ("open", "reply", "settle", "end", "decide", "merge", "private")
+
+
 class DeviceSide:
-    """What runs in the device process. One method for each kind of frame.
+    """What runs in the device process: for each of FRAMES the method of that name.
 
     `opens(header)` says what runs here, `serves(header)` what answers requests."""
 
@@ -151,6 +154,7 @@ class DeviceSide:
         decision: Decision,
         session: DeviceSession,
     ) -> tuple[Header, Parts]:
+        check(self._running.name, service.crosses, "request", "up", decision.up, 1)
         self._asked[device] = (service, deployed, decision, session)
         send = Rows(decision.send, np.array([decision.send.shape[1]]))
         blobs = [
@@ -183,6 +187,8 @@ def listen(here: DeviceSide) -> None:
         except EOFError:
             return
         try:
+            if header["op"] not in FRAMES:
+                raise ValueError(f"no frame is called {header['op']!r}")
             answer, back = getattr(here, header["op"])(header, parts)
         except Exception as problem:
             answer, back = {"error": type(problem).__name__, "text": str(problem)}, []
