@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from kitestring.cli import main
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -107,10 +110,32 @@ def test_help_works_without_torch(device: Path, tmp_path: Path) -> None:
     assert "compare" in must(device / "kitestring", "--help", cwd=tmp_path)
 
 
-def test_compare_without_torch_names_the_extra_in_one_line(device: Path, tmp_path: Path) -> None:
-    done = run(device / "kitestring", "compare", "digits", cwd=tmp_path)
+@pytest.mark.parametrize(
+    "words",
+    [("compare", "digits"), ("report", "runs/digits"), ("pack", "digits", "fedavg"),
+     ("export", "digits:small"), ("cut", "digits:large"), ("measure", "--profiles")],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_what_needs_more_names_the_extra_in_one_line(
+    device: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    done = run(device / "kitestring", *words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    *before, last = done.stderr.strip().splitlines() or [""]
-    assert "kitestring[compare]" in last
-    assert not before, before
+    (line,) = done.stderr.strip().splitlines()
+    assert "which is not installed" in line
+    assert "kitestring[compare]" in line
+
+
+def test_a_package_is_shown_and_measured_where_there_is_no_torch(
+    device: Path, tmp_path: Path
+) -> None:
+    key, package = str(tmp_path / "k"), str(tmp_path / "a.kite")
+    assert main(["keys", key]) == 0
+    assert main(["pack", "digits", "fedavg", "--key", key, "--out", package]) == 0
+    shown = must(device / "kitestring", "show", "a.kite", "--trust", "k.pub", cwd=tmp_path)
+    assert "Signed by a trusted key, whole, and runs here" in shown
+    words = ("measure", "a.kite", "--trust", "k.pub", "--runs", "3")
+    found = json.loads(must(device / "kitestring", *words, cwd=tmp_path))
+    names = [pair["subject"]["name"] for pair in found["pairs"]]
+    assert names == ["step small", "predict small.answer"]
+    assert all(pair["subject"]["wall"]["p50"] > 0 for pair in found["pairs"])

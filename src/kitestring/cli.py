@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import os
 import sys
 import traceback
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from kitestring import __version__
 from kitestring.errors import KitestringError, SettingError
 from kitestring.export import command as exporting
+from kitestring.extras import need
 from kitestring.measure import command as measuring
 from kitestring.pack import command as packing
 from kitestring.partition import command as cutting
 
 if TYPE_CHECKING:
     from kitestring.comparison.results import Comparison
-
-_EXTRA = "pip install 'kitestring[compare]'"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,7 +151,7 @@ def _quoted(word: str) -> str:
 
 
 def _compare(given: argparse.Namespace, command: str) -> None:
-    _need_extra()
+    need("comparing", "torch", "rich", "matplotlib", "sklearn")
     from kitestring.comparison import forks
 
     forks.begin()
@@ -210,7 +208,7 @@ def _table(given: argparse.Namespace) -> str | None:
 
 
 def _report(given: argparse.Namespace, command: str) -> None:
-    _need_extra()
+    need("a report", "torch", "rich", "matplotlib", "sklearn")
     from kitestring.comparison.compare import load
 
     _judge(load(given.run), given.run, given, command)
@@ -248,14 +246,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     "pack": packing.pack, "show": packing.show, "keys": packing.new_key,
     "export": exporting.run, "measure": measuring.run, "cut": cutting.run,
 }  # fmt: skip
-
-
-def _need_extra() -> None:
-    for module in ("torch", "rich", "matplotlib", "sklearn"):
-        if importlib.util.find_spec(module) is None:
-            raise SettingError(
-                f"comparing needs {module}, which is not installed", mend=f"Run: {_EXTRA}"
-            )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import json
 import re
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitestring.errors import SettingError
 from kitestring.export.checked import MOST, Export, Input, unproven
+from kitestring.extras import need
 from kitestring.units import size
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace, command: str) -> None:
     """Write the file, and say what it is and how far it was off."""
-    if importlib.util.find_spec("torch") is None:
-        mend = "Run: pip install 'kitestring[compare]'"
-        raise SettingError("exporting needs torch, which is not installed", mend=mend)
+    need("exporting", "torch")
     _belongs(given)
     title = given.model.replace(":", "-") if _built_in(given.model) else given.model.split(":")[-1]
     path = given.out or Path(title + ENDING[given.to])

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kitestring.errors import KitestringError, SettingError
+from kitestring.extras import need
 
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -79,9 +80,7 @@ def run(given: argparse.Namespace, command: str) -> None:
 
     pretty = find_spec("rich") is not None
     if given.profiles:
-        if not pretty:
-            mend = "Run: pip install 'kitestring[compare]'"
-            raise SettingError("the table needs rich, which is not installed", mend=mend)
+        need("the table", "rich")
         _print("profiles")
         return
     if not given.model:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kitestring.errors import SettingError
+from kitestring.extras import need
 from kitestring.units import size
 
 _KEY = Path("kitestring.key")
@@ -52,10 +51,7 @@ def add(commands: Any) -> None:
 
 def pack(given: argparse.Namespace, command: str) -> None:
     """Build, sign and write. What is wrong with the key is told before the work."""
-    for module in ("torch", "onnx"):
-        if importlib.util.find_spec(module) is None:
-            mend = "Run: pip install 'kitestring[compare]'"
-            raise SettingError(f"packing needs {module}, which is not installed", mend=mend)
+    need("packing", "torch", "onnx")
     from kitestring.pack.build import build
     from kitestring.pack.source import find
     from kitestring.package import archive, keys

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kitestring.extras import need
+
 EXAMPLE = "kitestring cut digits:large --device phone --cloud pc --link 10Mbit,50ms"
 
 
@@ -44,6 +46,7 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace, command: str) -> None:
     """Prints the cuts, and writes cuts.json, cuts.svg and cuts.png. Raises `KitestringError`."""
+    need("cutting", "torch", "rich", "matplotlib")
     from rich.console import Console
 
     from kitestring.devices.profiles import profile
