@@ -247,3 +247,23 @@ def test_a_folder_of_keys(tmp_path: Path) -> None:
     (tmp_path / "nobody").mkdir()
     with pytest.raises(SettingError, match=r"no \*\.pub in it"):
         keys.trusted([tmp_path / "nobody"])
+
+
+def test_no_decoder_but_zlib_s_is_fed(package: Path, known: frozenset[str]) -> None:
+    """LZMA takes as much memory as its header asks for."""
+    with zipfile.ZipFile(package) as old:
+        parts = {i.filename: old.read(i) for i in old.infolist()}
+    with zipfile.ZipFile(package, "w", zipfile.ZIP_LZMA) as new:
+        for name, blob in parts.items():
+            new.writestr(name, blob)
+    with pytest.raises(PackageError, match="another kind of compression"):
+        archive.read(package, known)
+
+
+def test_a_list_of_entries_without_end_is_not_read(package: Path, known: frozenset[str]) -> None:
+    """It is read whole before the signature is; ours is some hundred bytes long."""
+    with zipfile.ZipFile(package, "a") as file:
+        for i in range(70_000):
+            file.writestr(f"{i:>50}", b"")
+    with pytest.raises(PackageError, match="not a zip file"):
+        archive.read(package, known)

@@ -6,9 +6,11 @@ largest difference measured on x86-64, of a leaf's largest value, was 8e-7; byte
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,29 @@ import pytest
 
 import tiny
 from kitestring.cli import main
-from kitestring.core import Message, Tree
+from kitestring.collaborate.parameters.fedavg import FedAvg
+from kitestring.core import Devices, Message, Recipe, Tree
 from kitestring.devices.runtime.half import REPLY
 from kitestring.devices.runtime.load import Loaded, load
+from kitestring.devices.side import DeviceSide, Opened
 from kitestring.engines.local import LocalEngine
 from kitestring.engines.pipe import Pipe
 from kitestring.engines.strict import OtherProcess
-from kitestring.errors import BadReply, PackageError, RunError, SettingError
+from kitestring.errors import BadReply, PackageError, RunError, SettingError, TaskError
+from kitestring.exchange import wire
 from kitestring.pack.build import Built, Source, build
 from kitestring.package import archive, keys
+from kitestring.package.plan import decode
 
 TOLERANCE = 1e-5
 DEVICE = """
 import sys
 for heavy in ("torch", "onnx", "onnxscript", "scipy", "sklearn", "matplotlib", "rich", "llvmlite"):
     sys.modules[heavy] = None  # importing it raises ImportError
-from kitestring.devices.runtime.process import main
-sys.exit(main(sys.argv[1:]))
+from kitestring.devices.runtime import process
+from kitestring.engines.strict import Shown
+process.DeviceSide = Shown  # what devices keep is compared
+sys.exit(process.main(sys.argv[1:]))
 """
 CASES = [
     pytest.param(
@@ -56,6 +64,10 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def built(kind: str, name: str) -> Built:
     return build(Source(tiny.task(kind), tiny.collaboration(name)))
+
+
+def built_of(kind: str, collaboration: Any) -> Built:
+    return build(Source(tiny.task(kind), collaboration))
 
 
 def packed(kind: str, name: str, maker: Path, folder: Path) -> Path:
@@ -189,10 +201,107 @@ def test_nor_with_a_request(maker: Path, tmp_path: Path) -> None:
             hands.decide(service, np.array([0]), "test", deployed)
 
 
+def opened(found: Loaded, name: str) -> DeviceSide:
+    here = Opened(found.half, found.compute, name)
+    side = DeviceSide(lambda header: here, lambda header: found.half)
+    side.open({"seed": 0}, [])
+    return side
+
+
+def rows_of(device: int, split: str) -> bytes:
+    rows = tiny.population().rows(np.array([device]), split)
+    shown = {k: r for k, r in rows.items() if split == "train" or k != "y"}
+    return wire.pack(Message(data=Tree(shown)), 0)
+
+
+def test_a_reply_that_fails_loses_nothing(maker: Path, tmp_path: Path) -> None:
+    """What the cloud was told is kept stays, whatever is asked before the round ends."""
+    side = opened(loaded(packed("classes", "splitnn", maker, tmp_path), maker), "SplitNN")
+    first = tiny.compute().initial("small").pick("front.")
+    down = wire.pack(Message(parameters=Tree({k: a[None] for k, a in first.items()})), 0)
+    ask = {"device": 0, "serial": 1, "verb": "start", "first": 1}
+    side.reply(ask, [rows_of(0, "train"), down])
+    side.settle({"ids": [0], "good": [True], "serial": 1}, [])
+    with pytest.raises(PackageError, match="no plan"):
+        side.reply({**ask, "serial": 2, "verb": "other", "first": 0}, [down])
+    side.end({"kept": True}, [])
+    assert side._private[0].keys() >= set(first)
+
+
+def test_deployed_weights_are_laid_out_once(maker: Path, fedavg: Path) -> None:
+    """Requests with the weights of before, packed, use the graph that has them built in."""
+    found = loaded(fedavg, maker)
+    side = opened(found, "FedAvg")
+    for factor in (1, 2):
+        weights = Tree({k: (a * factor)[None] for k, a in found.deployed.items()})
+        blob = wire.pack(Message(parameters=weights), 0)
+        for i in range(2):
+            ask = {"device": factor, "split": "test", "first": int(i == 0)}
+            _, (answer, *_) = side.decide(ask, [*[rows_of(factor, "test")] * (i == 0), blob])
+            own = side._own[factor, "requests.test"]
+            wanted = tiny.compute().predict("small.answer", weights, own)["answer"]
+            given = wire.stack([wire.unpack(answer)]).features["answer"]
+            assert tiny.apart(given, wanted) < TOLERANCE
+        assert [s.session is not None for s in found.compute._settled.values()] == [True]
+
+
+def test_what_a_device_keeps_is_asked_in_vain(maker: Path, tmp_path: Path) -> None:
+    side = opened(loaded(packed("classes", "splitnn", maker, tmp_path), maker), "SplitNN")
+    assert "private" not in side.frames
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("cascade", {"share": 0.005}), ("cascade", {"share": 0.0}), ("early_exit", {"threshold": 9.0}),
+     ("early_exit", {"threshold": 0.0}), ("fedavg", {"rounds": 1, "cohort": 1})],
+)  # fmt: skip
+def test_a_plan_is_made_of_several_devices_however_rarely_they_are_asked(
+    name: str, settings: dict[str, Any]
+) -> None:
+    """And serves devices with other numbers of rows: the rehearsal's are all held against it."""
+    collaboration = replace(tiny.collaboration(name), **settings)
+    made = built_of("classes", collaboration)
+    plans = {n: decode(p) for n, p in json.loads(made.files["plans.json"]).items()}
+    wanted = {"decide", "install"} | ({"merge"} if name != "fedavg" else {"reply train"})
+    assert plans.keys() >= wanted
+    constants = [g for p in plans.values() for s in p.steps for g in s.args]
+    assert not any(g in ([1, 8, 1], [1, 8]) for g in constants)  # no device's number of rows
+
+
+@dataclass(frozen=True)
+class Alone(FedAvg):
+    """Asks the same one device in every round."""
+
+    def ask(self, state: Any, cloud: Any) -> Any:
+        asks = super().ask(state, cloud)
+        return asks and [replace(a, to=np.zeros(1, int)) for a in asks]
+
+
+def test_what_one_device_alone_was_seen_to_do_is_no_plan() -> None:
+    with pytest.raises(TaskError, match="reply train was rehearsed with 1 numbers of rows"):
+        built_of("classes", Alone(rounds=1))
+
+
+@dataclass(frozen=True)
+class Twice(FedAvg):
+    """Fits with and without a pull to where it starts: two graphs."""
+
+    def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
+        up, after = super().reply(verb, message, devices)
+        pulled = Recipe(self.lr, batch=self.batch, mu=0.5)
+        fit = devices.fit("small", message.parameters, devices.data, pulled, tag="pulled")
+        return replace(up, scalars=Tree({**up.scalars, "examples": fit.loss})), after
+
+
+def test_each_form_of_a_step_has_a_graph() -> None:
+    made = built_of("classes", Twice(rounds=1))
+    assert sum("fit" in name for name in made.files) == 2
+
+
 def test_a_frame_of_another_kind_calls_nothing(maker: Path, fedavg: Path) -> None:
     with device(fedavg, maker) as pipe:
         pipe.call("open", {"op": "open", "seed": 0})
-        for op in ("_roll_back", "__init__", "other"):
+        for op in ("_keep", "__init__", "other"):
             with pytest.raises(BadReply, match=f"no frame is called '{op}'"):
                 pipe.call("somewhere", {"op": op})
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from kitestring.exchange.frames import frame
+
 FILTER = """
 import ctypes, os, platform, struct, sys
 
@@ -77,19 +79,19 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[1]
 
 
-def watched(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def watched(*words: str | Path, cwd: Path, told: str = "") -> subprocess.CompletedProcess[str]:
     """Python, under the filter; nothing in its environment asks anybody to be quiet."""
     hidden = ("ORT_", "DO_NOT_TRACK", "HF_", "DISABLE")
     env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     paths = [str(ROOT / "src"), env.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-c", FILTER, *map(str, words)], cwd=cwd, capture_output=True, text=True,
-        env=env | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}, timeout=280,
+        input=told, env=env | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}, timeout=280,
     )  # fmt: skip
 
 
-def must(*words: str | Path, cwd: Path) -> str:
-    done = watched(*words, cwd=cwd)
+def must(*words: str | Path, cwd: Path, told: str = "") -> str:
+    done = watched(*words, cwd=cwd, told=told)
     assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stderr[-2000:]}"
     return done.stdout
 
@@ -119,4 +121,5 @@ def test_the_commands(tmp_path: Path) -> None:
     must(*cli, "pack", "runs/digits", "fedavg", "--key", "k", "--out", "a.kite", cwd=tmp_path)
     assert "runs here" in must(*cli, "show", "a.kite", "--trust", "k.pub", cwd=tmp_path)
     device = ("-m", "kitestring.devices.runtime.process", "a.kite", "--trust", "k.pub")
-    must(*device, cwd=tmp_path)
+    opened = frame({"op": "open", "seed": 0}, []).decode()
+    assert must(*device, cwd=tmp_path, told=opened).endswith('{"parts": []}')

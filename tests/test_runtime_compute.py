@@ -27,7 +27,7 @@ from kitestring.devices.runtime import session as runtime_session
 from kitestring.devices.runtime.compute import OrtCompute
 from kitestring.devices.runtime.graph import Graph
 from kitestring.devices.runtime.settled import settled
-from kitestring.devices.session import DeviceSession, broadcast
+from kitestring.devices.session import DeviceSession, broadcast, frozen
 from kitestring.errors import DataError, PackageError, SettingError, TaskError
 from kitestring.export.graphs import backward_graph, predict_graph, step_graph
 from modules import device, devices, keys
@@ -348,6 +348,23 @@ def test_several_may_call_at_once() -> None:
         assert all(np.array_equal(a[k], b[k]) for k in a)
 
 
+def test_several_may_predict_at_once_each_with_weights_of_its_own() -> None:
+    """Both are built into the one graph in turn; nobody gets the other's answer."""
+    program = Program("net", Net())
+    rows = {"x": Rows(np.ones((1, 3, 4), np.float32), np.array([3]))}
+    compute = OrtCompute({"graph": predict_graph(program, rows).model}, {})
+    some = [broadcast(frozen(program.initial() * np.float32(s)), 1) for s in (1, -2, 3)]
+    alone = [TorchCompute({"net": program}).predict("net", w, rows)["out"].values for w in some]
+
+    def often(i: int) -> float:
+        found = [compute.predict("net", some[i], rows)["out"].values for _ in range(200)]
+        return float(max(np.abs(f - alone[i]).max() for f in found))
+
+    with ThreadPoolExecutor(6) as pool:
+        far = list(pool.map(often, [0, 1, 2, 0, 1, 2]))
+    assert max(far) < 1e-5 * max(np.abs(a).max() for a in alone)
+
+
 def test_operations_are_billed_as_by_torch() -> None:
     """What a device's session counts."""
     c = of("mlp")
@@ -440,7 +457,7 @@ def test_weights_that_stay_are_built_in_and_others_are_not() -> None:
     reference = TorchCompute({"net": program}, "sequential")
     built_in = 0
     for scale in (1.0, -2.0):
-        still = broadcast(program.initial() * np.float32(scale), 1)
+        still = broadcast(frozen(program.initial() * np.float32(scale)), 1)
         moving = Tree({k: np.array(a) for k, a in still.items()})
         for _ in range(3):
             for weights in (still, still, moving):
@@ -450,6 +467,14 @@ def test_weights_that_stay_are_built_in_and_others_are_not() -> None:
             moving["layers.0.weight"] += 1
         built_in += sum(s.session is not None for s in compute._settled.values())
     assert built_in == 2
+    # Not these: whoever has the other name can write to them.
+    first = Tree({k: np.array(a) for k, a in program.initial().items()})
+    for _ in range(3):
+        weights = broadcast(first, 1)
+        found = compute.predict("net", weights, rows)["out"].values
+        wanted = reference.predict("net", weights, rows)["out"].values
+        assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+        first["layers.0.weight"] += 1
     ends = onnx.load_from_string(settled(model, {"w:layers.0.bias": np.ones(8, np.float32)}))
     assert "w:layers.0.bias" in [t.name for t in ends.graph.initializer]
     assert "w:layers.0.bias" not in [i.name for i in ends.graph.input]

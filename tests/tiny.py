@@ -285,7 +285,8 @@ def apart(a: Any, b: Any) -> float:
     if a.size == 0:
         return 0.0
     one, other = a.astype(np.float64), b.astype(np.float64)
-    if not np.array_equal(np.isnan(one), np.isnan(other)):
+    there = np.isfinite(one) & np.isfinite(other)
+    if not np.array_equal(one[~there], other[~there], equal_nan=True):
         return float("inf")
-    size = max(1e-3, float(np.nanmax(np.abs(other), initial=0)))
-    return float(np.nanmax(np.abs(one - other), initial=0)) / size
+    size = max(1e-3, float(np.abs(other[there]).max(initial=0)))
+    return float(np.abs(one[there] - other[there]).max(initial=0)) / size

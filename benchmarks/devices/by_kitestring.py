@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from kitestring.core import Recipe, Rows, Tree
 from kitestring.devices.runtime.compute import OrtCompute
-from kitestring.devices.session import broadcast
+from kitestring.devices.session import broadcast, frozen
 from kitestring.package import archive, keys
 
 
@@ -28,7 +28,7 @@ class Kitestring:
         path = self.folder / f"{case.model}-{case.train or 'predict'}.kite"
         files = archive.read(path, known).files
         tensors = load(files["weights.safetensors"])
-        self.weights = broadcast(Tree(tensors), 1)  # as deployed: nobody writes to them
+        self.weights = broadcast(frozen(Tree(tensors)), 1)  # as they are deployed
         graphs = {k: v for k, v in files.items() if k.startswith("graphs/")}
         self.compute = OrtCompute(graphs, {})
         found = cases.rows(case.model, case.rows * (cases.STEPS if case.train else 1))

@@ -54,6 +54,14 @@ def _stretched(a: Array, count: int) -> Array:
     return wide
 
 
+def frozen(tree: Tree) -> Tree:
+    """A copy that nobody can write to: a runtime may lay it out once and for all."""
+    copies = {k: np.array(a) for k, a in tree.items()}
+    for a in copies.values():
+        a.flags.writeable = False
+    return Tree(copies)
+
+
 class DeviceSession:
     """D devices, stacked; counts the operations [D] that they do in `flops`."""
 

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from kitestring.core import Crossing, Decision, Devices, Message, Rows, Tree
-from kitestring.devices.session import DeviceSession, Primitives
+from kitestring.devices.session import DeviceSession, Primitives, frozen
 from kitestring.exchange import wire
 from kitestring.exchange.frames import Header, Parts, frame, parse
 from kitestring.exchange.ledger import check
@@ -62,13 +62,12 @@ class _Entry:
     arrived: bool = False
 
 
-FRAMES = ("open", "reply", "settle", "end", "decide", "merge", "private")
-
-
 class DeviceSide:
-    """What runs in the device process: for each of FRAMES the method of that name.
+    """What runs in the device process: for each kind of frame the method of that name.
 
     `opens(header)` says what runs here, `serves(header)` what answers requests."""
+
+    frames: ClassVar[tuple[str, ...]] = ("open", "reply", "settle", "end", "decide", "merge")
 
     def __init__(
         self, opens: Callable[[Header], Opened], serves: Callable[[Header], Serving]
@@ -81,9 +80,12 @@ class DeviceSide:
         self._private: dict[int, Tree] = {}
         self._journal: dict[int, _Entry] = {}
         self._asked: dict[int, tuple[Serving, Tree, Decision, DeviceSession]] = {}
+        self._deployed = b"", Tree()
         return {}, []
 
-    def _session(self, header: Header, parts: Parts, what: str, serial: int) -> DeviceSession:
+    def _session(
+        self, header: Header, parts: Parts, what: str, serial: int, kept: Tree | None
+    ) -> DeviceSession:
         device = header["device"]
         if header["first"]:
             self._own[device, what] = wire.stack([wire.unpack(parts[0])]).data
@@ -91,32 +93,34 @@ class DeviceSide:
         session = DeviceSession(
             self._running.compute, np.array([device]), self._seed, serial, data, Tree()
         )
-        kept = self._private.get(device)
         session.private = self._running.half.install(session) if kept is None else kept
         return session
 
     def reply(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
         device, serial = header["device"], header["serial"]
         # Asked again, or never told that its last reply arrived: it starts from `before`.
-        self._roll_back(device)
-        session = self._session(header, parts, "own", serial)
+        entry = self._journal.get(device)
+        before = self._private.get(device) if entry is None else entry.before
+        session = self._session(header, parts, "own", serial, before)
         down = wire.stack([wire.unpack(parts[-1])])
         up, after = self._running.half.reply(header["verb"], down, session)
         check(self._running.name, self._running.half.crosses, header["verb"], "up", up, 1)
         blob = wire.pack(up, 0)
-        before = self._private.get(device)
         if after:
             after = wire.stack_trees([wire.unpack_tree(wire.pack_tree(after))])
+        # Nothing can go wrong from here on: until here all is as it was.
+        self._keep(device, before)
+        self._journal.pop(device, None)
+        if after:
             self._journal[device] = _Entry(serial, before, after)
-            self._private[device] = after
+            self._keep(device, after)
         return {"flops": float(session.flops[0])}, [blob]
 
-    def _roll_back(self, device: int) -> None:
-        entry = self._journal.pop(device, None)
-        if entry is not None and entry.before is None:
-            del self._private[device]
-        elif entry is not None and entry.before is not None:
-            self._private[device] = entry.before
+    def _keep(self, device: int, private: Tree | None) -> None:
+        if private is None:
+            self._private.pop(device, None)
+        else:
+            self._private[device] = private
 
     def settle(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
         for device, good in zip(header["ids"], header["good"], strict=True):
@@ -128,14 +132,18 @@ class DeviceSide:
     def end(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
         for device, entry in list(self._journal.items()):
             if not (header["kept"] and entry.arrived):
-                self._roll_back(device)
+                self._keep(device, entry.before)
         self._journal.clear()
         return {}, []
 
     def decide(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
         service = self._serves(header)
-        session = self._session(header, parts, f"requests.{header['split']}", 0)
-        deployed = wire.stack([wire.unpack(parts[-1])]).parameters
+        kept = self._private.get(header["device"])
+        session = self._session(header, parts, f"requests.{header['split']}", 0, kept)
+        if self._deployed[0] != parts[-1]:
+            fresh = wire.stack([wire.unpack(parts[-1])]).parameters
+            self._deployed = parts[-1], frozen(fresh)
+        deployed = self._deployed[1]
         decision = service.decide(session, deployed)
         return self._decided(header["device"], service, deployed, decision, session)
 
@@ -164,9 +172,6 @@ class DeviceSide:
         ]
         return {"flops": float(session.flops[0])}, blobs
 
-    def private(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
-        return {}, [wire.pack_tree(self._private.get(header["device"], Tree()))]
-
 
 def _exactly(count: int) -> bytes:
     blob = sys.stdin.buffer.read(count)
@@ -187,7 +192,7 @@ def listen(here: DeviceSide) -> None:
         except EOFError:
             return
         try:
-            if header["op"] not in FRAMES:
+            if header["op"] not in here.frames:
                 raise ValueError(f"no frame is called {header['op']!r}")
             answer, back = getattr(here, header["op"])(header, parts)
         except Exception as problem:

@@ -194,6 +194,15 @@ class OtherProcess:
         self.close()
 
 
+class Shown(DeviceSide):
+    """For tests: says what its devices keep as well."""
+
+    frames = (*DeviceSide.frames, "private")
+
+    def private(self, header: Header, parts: Parts) -> tuple[Header, Parts]:
+        return {}, [wire.pack_tree(self._private.get(header["device"], Tree()))]
+
+
 @cache
 def _installed(reference: str) -> Primitives:
     """The programs, made once for each set of arguments."""
@@ -209,4 +218,4 @@ def _open(header: Header) -> Opened:
 
 
 if __name__ == "__main__":
-    listen(DeviceSide(_open, lambda header: _made(header["service"])))
+    listen(Shown(_open, lambda header: _made(header["service"])))

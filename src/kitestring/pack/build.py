@@ -130,8 +130,8 @@ def _distinct(calls: Iterable[Call]) -> list[Call]:
             columns = tuple(sorted((k, r.row[0], str(r.row[1])) for k, r in call.columns.items()))
             r = call.recipe
             form = r and Form.of(r, r.train, call.centre, call.linear)
-            of_it = call.primitive, call.program, columns, form, tuple(call.cotangents)
-            found.setdefault(of_it, call)
+            terms = bool(r and r.mu), tuple(call.cotangents)
+            found.setdefault((call.primitive, call.program, columns, form, terms), call)
     return list(found.values())
 
 
@@ -150,7 +150,7 @@ def _golden(compute: TorchCompute, call: Call) -> Golden:
     recipe = call.recipe and replace(call.recipe, epochs=1, batch=min(3, call.recipe.batch))
     rows, by = ({k: _first(r) for k, r in part.items()} for part in (call.columns, call.cotangents))
     asked = Golden(call.primitive, call.program, rows, recipe, call.centre, call.linear, by)
-    return replace(asked, out=golden.outputs(asked, compute))
+    return replace(asked, out=golden.outputs(asked, compute, golden.first(compute, call.program)))
 
 
 def _first(rows: Rows) -> Array:

@@ -8,11 +8,9 @@ from typing import Any
 from kitestring.core import Decision, Devices, Message, Tree
 from kitestring.devices.runtime.half import DECIDE, INSTALL, MERGE, REPLY, chosen, form
 from kitestring.errors import TaskError
-from kitestring.pack.rehearse import Scene, apart
+from kitestring.pack.rehearse import EXAMPLES, Scene, apart
 from kitestring.package.plan import Plan, run
 from kitestring.package.record import Call, record
-
-_EXAMPLES = 3
 
 
 def plans(
@@ -35,7 +33,7 @@ def plans(
 def _different(found: Sequence[Scene]) -> list[Scene]:
     """Of devices with different numbers of rows: what a plan may depend on is seen by that."""
     by_rows = {scene.rows: scene for scene in reversed(found)}
-    most = sorted(by_rows, reverse=True)[:_EXAMPLES]
+    most = sorted(by_rows, reverse=True)[:EXAMPLES]
     return [by_rows[rows] for rows in most]
 
 

@@ -8,22 +8,27 @@ they came out of the code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kitestring.core import Array, Decision, Message, Rows, Tree, run, serve
+from kitestring.core import Array, Decision, Lane, Message, Rows, Tree, run, serve
 from kitestring.devices.profiles import PROFILES
 from kitestring.devices.runtime.half import DECIDE, INSTALL, MERGE, REPLY, chosen, form
 from kitestring.devices.session import DeviceSession, Primitives
 from kitestring.engines.hands import InProcess, Reply
 from kitestring.engines.local import LocalEngine, Setting
+from kitestring.errors import TaskError
 from kitestring.exchange.store import Store
 from kitestring.pack.schema import Column, draw
 
 _COUNTS = (3, 5, 8, 1, 2, 4, 13, 6, 10, 21, 17, 30)  # rows of the made-up devices
 _POOL = 24
+_PLAYS = 30  # at the most
+_PLENTY = 8  # different numbers of rows: enough to hold a plan against
+EXAMPLES = 3
+"""So many different numbers of rows a plan is recorded from."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Stage(InProcess):
     compute: Primitives
     population: MadeUp
     store: Store
-    scenes: dict[str, list[Scene]] = field(default_factory=dict)
+    scenes: dict[str, list[Scene]]
 
     def __post_init__(self) -> None:
         super().__init__(self.compute, self.population, self.store)
@@ -115,32 +120,74 @@ def rehearse(
     pool: bool,
     pretrained: Callable[[str], Tree] | None = None,
 ) -> Rehearsal:
-    """Every verb that is asked, and requests."""
+    """Raises `TaskError` where too few devices play a scene that a device may have to play."""
     shared = draw(columns, _POOL, len(_COUNTS), "pool") if pool else None
-    store, people = Store(), MadeUp(columns)
-    stage = Stage(compute, people, store)
-    setting = Setting(people, PROFILES["phone"], chunk=1, pool=shared)
-    engine = LocalEngine(setting, compute, store, stage, pretrained)
-    wanted = {REPLY + verb for verb in collaboration.crosses}
-    start = state = None
-    for state in run(collaboration, engine, 0):
-        start = state if start is None else start
-        if wanted <= {name for name, found in stage.scenes.items() if _enough(found)}:
+    scenes: dict[str, list[Scene]] = {}
+    start = None
+
+    def play(actor: Any, seed: int, into: dict[str, list[Scene]]) -> Any:
+        store, people = Store(), MadeUp(columns)
+        stage = Stage(compute, people, store, into)
+        setting = Setting(people, PROFILES["phone"], chunk=1, pool=shared)
+        engine = LocalEngine(setting, compute, store, stage, pretrained)
+        first = _learn_and_serve(actor, engine, seed, into)
+        store.close()
+        return first
+
+    for seed in range(_PLAYS):  # another seed asks other devices
+        first = play(collaboration, seed, scenes)
+        start = first if seed == 0 else start
+        if set(_too_few(collaboration, scenes)) <= {MERGE}:
             break
-    for _ in serve(collaboration.serve(), state, engine):
+    if MERGE in _too_few(collaboration, scenes) and hasattr(collaboration, "rehearsed"):
+        actor, others = collaboration.rehearsed(), dict[str, list[Scene]]()
+        if actor.serve() != collaboration.serve():
+            what = "rehearsed() serves otherwise than the collaboration itself"
+            raise TaskError(what, type(collaboration).__name__, "Change no setting of its service")
+        play(actor, 0, others)
+        for name in (DECIDE, MERGE):
+            scenes.setdefault(name, []).extend(others.get(name, ()))
+    for name, found in _too_few(collaboration, scenes).items():
+        what = f"{name} was rehearsed with {found} numbers of rows, and a plan needs {EXAMPLES}"
+        mend = "Let more devices take part: a larger cohort, or more rounds"
+        if name == MERGE:
+            mend = "Let more requests go up, or give it rehearsed(): itself with such settings"
+        raise TaskError(what, f"collaboration {type(collaboration).__name__}", mend)
+    return Rehearsal(scenes, start)
+
+
+def _learn_and_serve(
+    actor: Any, engine: LocalEngine, seed: int, scenes: Mapping[str, Sequence[Scene]]
+) -> Any:
+    """Its first state. Learning stops early once each verb has been seen with many devices."""
+    start = state = None
+    for state in run(actor, engine, seed):
+        start = state if start is None else start
+        if all(_numbers(scenes, REPLY + verb) >= _PLENTY for verb in actor.crosses):
+            break
+    for _ in serve(actor.serve(), state, engine):
         pass
-    store.close()
-    return Rehearsal(stage.scenes, start)
+    return start
 
 
-def _enough(found: list[Scene]) -> bool:
-    """For a recording, and to hold it against others."""
-    return len({scene.rows for scene in found}) >= min(8, len(_COUNTS))
+def _too_few(collaboration: Any, scenes: Mapping[str, Sequence[Scene]]) -> dict[str, int]:
+    """Scenes that a device may have to play and too few did: their names, and numbers of rows. A
+    verb that these settings never ask is none."""
+    request = collaboration.serve().crosses.get("request", Lane())
+    goes_up = any(request.up.values())
+    asked = [name for name in scenes if name.startswith(REPLY)]
+    wanted = [*asked, DECIDE, *[MERGE] * goes_up]
+    found = {name: _numbers(scenes, name) for name in wanted}
+    return {name: count for name, count in found.items() if count < EXAMPLES}
+
+
+def _numbers(scenes: Mapping[str, Sequence[Scene]], name: str) -> int:
+    return len({scene.rows for scene in scenes.get(name, ())})
 
 
 def apart(a: Any, b: Any) -> float:
-    """The largest difference, relative to the largest value of a leaf; infinite where the form or
-    a whole number differs."""
+    """The largest difference, relative to the largest value of a leaf; infinite where the form, a
+    whole number or what is no number differs."""
     if isinstance(a, Rows):
         if not isinstance(b, Rows) or not np.array_equal(a.n, b.n):
             return float("inf")
@@ -156,6 +203,8 @@ def apart(a: Any, b: Any) -> float:
         return float("inf")
     if not np.issubdtype(one.dtype, np.floating):
         return 0.0 if np.array_equal(one, other) else float("inf")
-    if not one.size or np.array_equal(one, other, equal_nan=True):
-        return 0.0
-    return float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-30))
+    there = np.isfinite(one) & np.isfinite(other)
+    if not np.array_equal(one[~there], other[~there], equal_nan=True):
+        return float("inf")
+    off = np.abs(one[there] - other[there]).max(initial=0.0)
+    return float(off / max(np.abs(one[there]).max(initial=0.0), 1e-30))

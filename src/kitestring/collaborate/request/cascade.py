@@ -9,7 +9,7 @@ and Teerapittayanon et al., BranchyNet, ICPR 2016.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -61,6 +61,10 @@ class Cascade:
     def trials(budget: Budget) -> list[Cascade]:
         count = len(budget.lrs)
         return [Cascade(budget.cloud_share, i / max(1, count - 1)) for i in range(count)]
+
+    def rehearsed(self) -> Cascade:
+        """To be recorded: half of the requests go up."""
+        return replace(self, share=0.5)
 
     def install(self, devices: Devices) -> Tree:
         return Tree(cut=np.full(len(devices.data["x"].n), np.float32(self.share)))

@@ -18,7 +18,7 @@ histograms of their entropies on their own rows, without labels, as in `cascade`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -83,6 +83,10 @@ class EarlyExit:
         count = len(budget.lrs)
         blends = [i / max(1, count - 1) for i in range(count)]
         return [EarlyExit(budget.cloud_share, personal=blend) for blend in blends]
+
+    def rehearsed(self) -> EarlyExit:
+        """To be recorded: half of the requests go up, or all."""
+        return replace(self, share=0.5, threshold=None if self.threshold is None else 0.0)
 
     def install(self, devices: Devices) -> Tree:
         # Until it is calibrated, a device asks nobody.

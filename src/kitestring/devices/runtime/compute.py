@@ -22,8 +22,8 @@ class OrtCompute:
     weights that programs are delivered with. `providers`: ONNX Runtime's, the first one that can
     compute an operator does. Devices are computed one after the other: a real one is alone.
 
-    Weights that nobody can write to, as `broadcast` gives them, are taken not to change: those that
-    come a second time to `predict` are built into its graph."""
+    Weights that nobody can write to, as those of `frozen`, do not change: where they come to
+    `predict` a second time, they are built into its graph."""
 
     concurrent = True  # several threads may call at once: what a call changes is its own
 
@@ -163,7 +163,7 @@ class OrtCompute:
         where nobody can write to them."""
         known = self._settled.get(id(session))
         if known is None or not known.same(weights):
-            if not any(a.flags.writeable or len(a) != 1 for a in weights.values()):
+            if all(len(a) == 1 and _fixed(a) for a in weights.values()):
                 self._settled[id(session)] = _Settled(Tree(weights))
             return None
         if known.session is None:
@@ -199,12 +199,20 @@ class _Settled:
     session: Session | None = None
 
     def same(self, weights: Tree) -> bool:
-        """The same memory under the same names, and nobody can write to it."""
+        """The same memory under the same names."""
         if weights.keys() != self.weights.keys():
             return False
         pairs = [(weights[k], kept) for k, kept in self.weights.items()]
-        odd = [(a, kept) for a, kept in pairs if a is not kept]
-        return all(not a.flags.writeable and _place(a) == _place(kept) for a, kept in odd)
+        return all(_place(a) == _place(kept) for a, kept in pairs if a is not kept)
+
+
+def _fixed(a: Array | None) -> bool:
+    """Whether nobody can write to its memory, not by another name either."""
+    while isinstance(a, np.ndarray):
+        if a.flags.writeable:
+            return False
+        a = a.base
+    return a is None
 
 
 def _place(a: Array) -> tuple[int, tuple[int, ...], str]:

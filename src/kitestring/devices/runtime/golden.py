@@ -16,7 +16,7 @@ import numpy as np
 
 from kitestring import dice
 from kitestring.core import Array, Recipe, Rows, Tree
-from kitestring.devices.session import Primitives, broadcast
+from kitestring.devices.session import Primitives, broadcast, frozen
 from kitestring.errors import PackageError
 
 TOLERANCE = 1e-3
@@ -55,9 +55,9 @@ class Checked:
     tolerance: float
 
 
-def outputs(golden: Golden, compute: Primitives) -> dict[str, Array]:
-    """What `compute` makes of the inputs, thinned out."""
-    weights = broadcast(compute.initial(golden.program), 1)
+def outputs(golden: Golden, compute: Primitives, weights: Tree) -> dict[str, Array]:
+    """What `compute` makes of the inputs with the program's first `weights` [1, ...], thinned
+    out."""
     rows = {k: _one(a) for k, a in golden.rows.items()}
     if golden.primitive == "predict":
         predicted = compute.predict(golden.program, weights, rows)
@@ -78,6 +78,11 @@ def outputs(golden: Golden, compute: Primitives) -> dict[str, Array]:
     return {**found, **{f"column {k}": _thin(r.values[0]) for k, r in back.items()}}
 
 
+def first(compute: Primitives, program: str) -> Tree:
+    """A program's first weights as one device has them, and nobody can write to."""
+    return broadcast(frozen(compute.initial(program)), 1)
+
+
 def _one(a: Array) -> Rows:
     return Rows(a[None], np.array([len(a)]))
 
@@ -93,7 +98,7 @@ def check(goldens: Sequence[Golden], compute: Primitives) -> list[Checked]:
     found = [_worst(golden, compute) for golden in goldens]
     bad = [c for c in found if not c.error <= c.tolerance]
     if bad:
-        worst = max(bad, key=lambda c: np.inf if np.isnan(c.error) else c.error / c.tolerance)
+        worst = max(bad, key=_share)
         what = (
             f"{worst.label} does not give its golden outputs here: {worst.output} is off by "
             f"{worst.error:.1e} of its largest value, and {worst.tolerance:g} is allowed"
@@ -104,7 +109,15 @@ def check(goldens: Sequence[Golden], compute: Primitives) -> list[Checked]:
 
 
 def _worst(golden: Golden, compute: Primitives) -> Checked:
-    have, weights = outputs(golden, compute), compute.initial(golden.program)
+    weights = first(compute, golden.program)
+    # The second time a runtime may have built the weights into its graph.
+    times = 2 if golden.primitive == "predict" else 1
+    return max(
+        (_off(golden, outputs(golden, compute, weights), weights) for _ in range(times)), key=_share
+    )
+
+
+def _off(golden: Golden, have: Mapping[str, Array], weights: Tree) -> Checked:
     if have.keys() != golden.out.keys():
         odd = sorted(have.keys() ^ golden.out.keys())
         raise PackageError(f"{golden.label} differs in outputs: {odd[0]}", "golden outputs")
@@ -114,7 +127,11 @@ def _worst(golden: Golden, compute: Primitives) -> Checked:
         floor = _FLOOR * _largest(weights[name.removeprefix("change ")]) if changed else 0.0
         allowed = CHANGE if changed else TOLERANCE
         errors.append(Checked(golden.label, name, _far(have[name], wanted, floor), allowed))
-    return max(errors, key=lambda c: np.inf if np.isnan(c.error) else c.error / c.tolerance)
+    return max(errors, key=_share)
+
+
+def _share(c: Checked) -> float:
+    return np.inf if np.isnan(c.error) else c.error / c.tolerance
 
 
 def _largest(a: Array) -> float:
@@ -147,7 +164,7 @@ def pack(goldens: Sequence[Golden]) -> tuple[list[dict[str, Any]], dict[str, Arr
 
 
 def unpack(listed: Sequence[Mapping[str, Any]], arrays: Mapping[str, Array]) -> list[Golden]:
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Raises `ValueError`, among others, for what is not its like."""
     found = []
     for i, one in enumerate(listed):
         parts = {
@@ -159,6 +176,8 @@ def unpack(listed: Sequence[Mapping[str, Any]], arrays: Mapping[str, Array]) -> 
             for part in ("rows", "cotangents", "out")
         }
         recipe = one["recipe"]
+        if recipe is None and one["primitive"] == "fit":
+            raise ValueError(f"golden {i} is a fit without a recipe")
         if recipe is not None:
             recipe = Recipe(**{**recipe, "train": tuple(recipe["train"])})
         found.append(
