@@ -183,11 +183,93 @@ def test_devices_that_are_sent_different_leaves_are_refused() -> None:
          "unknown operation 'load'"),
         ({"name": "p", "inputs": {}, "steps": [["add", []]], "outputs": {}}, "a plan is not one"),
         ({"name": "p"}, "a plan is not one"),
+        ([], "a plan is not one"),
+        (7, "a plan is not one"),
     ],
 )  # fmt: skip
 def test_foreign_plans_are_refused_before_anything_runs(plan: Any, says: str) -> None:
     with pytest.raises(PackageError, match=says):
         decode(plan)
+
+
+def whole(**parts: Any) -> dict[str, Any]:
+    """A plan in JSON: the input's two values, a step that adds them, what it makes."""
+    inputs = {"dict": {"a": {"$": 0}, "b": {"$": 1}}}
+    steps = [["add", [{"$": 0}, {"$": 1}], {}, {"$": 2}]]
+    return {"name": "p", "inputs": inputs, "steps": steps, "outputs": {"$": 2}, **parts}
+
+
+def deep(depth: int) -> Any:
+    found: Any = 0
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+def test_a_whole_plan_is_run() -> None:
+    """So that what is refused below is refused for what was changed."""
+    assert run(decode(whole()), {"a": 2, "b": 3}, session(1)) == 5
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"steps": [["abs", [{"$": 3}], {}, {"$": 2}]]}, r"step 0 \(abs\) uses value 3, which"),
+        ({"steps": [["abs", [{"$": 2}], {}, {"$": 2}]]}, r"step 0 \(abs\) uses value 2, which"),
+        ({"steps": [["abs", [[{"rows": [{"$": 0}, {"$": 9}]}]], {}, {"$": 2}]]}, "uses value 9"),
+        ({"steps": [["abs", [{"$": 0}], {"axis": {"$": 9}}, {"$": 2}]]}, "uses value 9"),
+        ({"outputs": {"dict": {"x": {"$": 4}}}}, "the output uses value 4"),
+        ({"steps": [["abs", "a", {}, {"$": 2}]]}, "is not given a list and a dictionary"),
+        ({"steps": [["abs", [{"$": 0}], 7, {"$": 2}]]}, "is not given a list and a dictionary"),
+        ({"steps": [[["abs"], [{"$": 0}], {}, {"$": 2}]]}, "a plan is not one"),
+        ({"steps": [["abs", [{"$": 0}], {}, 7]]}, "has values in no form that is known"),
+        ({"steps": [["abs", [{"$": 0}], {}, {"slice": [0, 1, 2]}]]}, "in no form that is known"),
+        ({"inputs": [{"$": 0}]}, "the input has values in no form"),
+        ({"inputs": {}}, "the input has nothing in a form that is not known"),
+        ({"outputs": {"a": 1, "b": 2}}, "the output has a, b in a form that is not known"),
+        ({"outputs": {"code": "x"}}, "the output has code in a form that is not known"),
+        ({"outputs": {"$": "2"}}, "in a form that is not known"),
+        ({"outputs": {"$": True}}, "in a form that is not known"),
+        ({"outputs": {"rows": [{"$": 2}]}}, "in a form that is not known"),
+        ({"outputs": {"dict": [{"$": 2}]}}, "in a form that is not known"),
+        ({"outputs": {"slice": [0, 1]}}, "in a form that is not known"),
+        ({"outputs": {"number": "x"}}, "in a form that is not known"),
+        ({"outputs": {"array": [1], "shape": [1]}}, "in a form that is not known"),
+        ({"outputs": {"array": [1], "shape": [-1], "dtype": "int64"}}, "form that is not known"),
+        ({"outputs": {"dict": {}, "dtype": "int64"}}, "in a form that is not known"),
+        ({"outputs": deep(5000)}, "a plan is not one"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_no_device_could_run_is_refused(parts: Any, says: str) -> None:
+    with pytest.raises(PackageError, match=says):
+        decode(whole(**parts))
+
+
+ONE = {"array": [1], "shape": [1], "dtype": "uint8"}
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("astype", [3, "float32"]),  # AttributeError
+        ("add", [ONE, 1000]),  # OverflowError
+        ("tile", [ONE, [10**15]]),  # MemoryError
+        ("abs", [{"array": [1, 2], "shape": [3], "dtype": "uint8"}]),  # a constant that is none
+        ("abs", [{"array": [1], "shape": [1], "dtype": "nothing"}]),
+        ("fit", ["small", 1, 2]),
+        ("fit", ["small", {"dict": {}}, {"dict": {}}]),
+    ],
+)  # fmt: skip
+def test_whatever_fails_in_a_step_is_told(op: str, args: Any) -> None:
+    plan = decode(whole(steps=[[op, args, {}, {"$": 2}]]))
+    with pytest.raises(PackageError, match=rf"plan p: step 0 \({op}\) fails: "):
+        run(plan, {"a": 2, "b": 3}, session(1))
+
+
+def test_an_output_that_fails_is_told() -> None:
+    plan = decode(whole(outputs={"array": [1, 2], "shape": [3], "dtype": "uint8"}))
+    with pytest.raises(PackageError, match="plan p: its output fails: "):
+        run(plan, {"a": 2, "b": 3}, session(1))
 
 
 def test_no_operation_reaches_beyond_arrays() -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from kitestring import errors
-from kitestring.errors import BadReply, KitestringError, RunError
+from kitestring.errors import BadBytes, BadReply, KitestringError, RunError
 from kitestring.exchange.frames import Header, frame, parse
 
 STRICT = (sys.executable, "-m", "kitestring.engines.strict")
@@ -19,21 +19,28 @@ STRICT = (sys.executable, "-m", "kitestring.engines.strict")
 
 
 class Pipe:
-    """Another process, spoken to in frames. One that dies or is late is a `RunError`.
+    """Another process, spoken to in frames. One that does not start, dies, is late or answers with
+    something else is a `RunError`.
 
     `command` starts it; what this Python can import, it can as well."""
 
     def __init__(self, command: Sequence[str] = STRICT, timeout: float = 60.0) -> None:
         self.timeout = timeout
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-            bufsize=0,
-        )
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+        try:
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env={**os.environ, "PYTHONPATH": path},
+                bufsize=0,
+            )
+        except OSError as problem:
+            self._errors.close()
+            what = f"the device process cannot be started ({problem.strerror})"
+            raise RunError(what, command[0]) from None
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
 
@@ -51,15 +58,29 @@ class Pipe:
             raise RunError(what, where) from None
         except (EOFError, BrokenPipeError):
             raise self._death(where) from None
-        except BaseException:  # half a frame is of no use to anybody: an interrupt, or not JSON
+        except BadBytes as problem:
+            raise self._garbled(problem.what, where) from None
+        except BaseException:  # half a frame is of no use to anybody: an interrupt
             self.close(kill=True)
             raise
         if "error" in answer:
-            kind = getattr(errors, answer["error"], None)
-            if isinstance(kind, type) and issubclass(kind, KitestringError):
-                raise kind(answer["text"], where)
-            raise BadReply(f"{answer['error']}: {answer['text']}", where)
+            raise self._refusal(answer, where)
         return answer, back
+
+    def _refusal(self, answer: Header, where: str) -> KitestringError:
+        """The error that the other process told, under its own name if it is one of ours."""
+        name, text = answer["error"], answer.get("text")
+        if not isinstance(name, str) or not isinstance(text, str):
+            return self._garbled("an error without a name or a text", where)
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, KitestringError):
+            return kind(text, where)
+        return BadReply(f"{name}: {text}", where)
+
+    def _garbled(self, what: str, where: str) -> RunError:
+        """Nothing that it says after that can be made sense of: it is ended."""
+        self.close(kill=True)
+        return RunError(f"the device process does not answer in frames: {what}", where)
 
     def _write(self, blob: bytes, until: float) -> None:
         assert self._process is not None

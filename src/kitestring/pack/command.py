@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kitestring.errors import PackageError, SettingError
 from kitestring.extras import need
 from kitestring.units import size
 
@@ -50,21 +52,28 @@ def add(commands: Any) -> None:
 
 
 def pack(given: argparse.Namespace, command: str) -> None:
-    """Build, sign and write. What is wrong with the key is told before the work."""
+    """Build, sign and write. What is wrong with the key or the file is told before the work."""
     need("packing", "torch", "onnx")
     from kitestring.pack.build import build
     from kitestring.pack.source import find
     from kitestring.package import archive, keys
 
     key = keys.load(given.key)
-    source = find(given.task, given.collaboration, given.set, given.seed)
-    made = build(source, lambda what: print(f"{what} ..."))
     title = Path(given.task).name.split(":")[-1]
     path = given.out or Path(f"{title}-{given.collaboration}.kite")
+    _check_writable(path)
+    source = find(given.task, given.collaboration, given.set, given.seed)
+    made = build(source, lambda what: print(f"{what} ..."))
     archive.write(path, made.manifest, made.files, key)
     worst = max((c.error / c.tolerance for c in made.checked), default=0.0)
     print(f"{len(made.checked)} graphs agree with torch (at most {worst:.2g} of what is allowed)")
     print(f"{path}: {size(path.stat().st_size)}")
+
+
+def _check_writable(path: Path) -> None:
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise SettingError("cannot be written", str(path), "Give a file in a folder of yours")
 
 
 def new_key(given: argparse.Namespace, command: str) -> None:
@@ -76,17 +85,19 @@ def new_key(given: argparse.Namespace, command: str) -> None:
 
 
 def show(given: argparse.Namespace, command: str) -> None:
-    """What the manifest says; with trusted keys, whether it is so and whether it runs here."""
+    """With trusted keys, whether it is whole and runs here, and what it then is; without, what
+    somebody's manifest says."""
     from kitestring.package import archive, keys
 
-    manifest = archive.unsigned(given.package)
-    print("\n".join(_described(manifest, given.package)))
     if not given.trust:
+        print("\n".join(_described(archive.unsigned(given.package), given.package)))
         print("\nNot verified: name a public key with --trust")
         return
     from kitestring.devices.runtime.load import load
 
     found = load(given.package, keys.trusted(given.trust))
+    manifest = {**found.package.manifest, "signed by": found.package.key}
+    print("\n".join(_described(manifest, given.package)))
     print("\nSigned by a trusted key, whole, and runs here:")
     for check in found.checked:
         print(f"  {check.label:32} off by {check.error:.1e} at most (allowed {check.tolerance:g})")
@@ -95,7 +106,25 @@ def show(given: argparse.Namespace, command: str) -> None:
             print("\n" + "\n".join(_steps(plan)))
 
 
-def _described(m: Mapping[str, Any], path: Path) -> list[str]:
+def _described(manifest: Mapping[str, Any], path: Path) -> list[str]:
+    """One printed line each, whatever texts are in it: nobody's manifest writes lines of its own or
+    speaks to the terminal."""
+    try:
+        lines = _lines(manifest, path)
+    except (
+        *(LookupError, TypeError, AttributeError),
+        *(ValueError, ArithmeticError, RecursionError),
+    ) as problem:
+        what = f"its manifest is not one that this version knows ({problem!r})"
+        raise PackageError(what, path.name, "Update Kitestring, or pack it anew") from None
+    return [_printable(line) for line in lines]
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _lines(m: Mapping[str, Any], path: Path) -> list[str]:
     what, runtime = m["collaboration"], m["runtime"]
     settings = ", ".join(f"{k}={json.dumps(v)}" for k, v in what["settings"].items())
     lines = [

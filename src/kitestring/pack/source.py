@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from kitestring.collaborate.baselines.pool_trained import State
 from kitestring.comparison.jobs import Bench
@@ -60,12 +61,19 @@ def _changed(collaboration: Any, settings: Sequence[str]) -> Any:
             value = json.loads(text)
         except ValueError:
             value = text
-        old = getattr(collaboration, name)
-        if old is not None and type(value) is not type(old) and not isinstance(old, float):
-            what = f"--set {setting}: {name} is a {type(old).__name__}"
-            raise SettingError(what, mend=f"As in {name}={json.dumps(old)}")
+        kinds = _kinds(collaboration, name)
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            wanted = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
+            mend = f"As in {name}={json.dumps(getattr(collaboration, name))}"
+            raise SettingError(f"--set {setting}: {name} is a {wanted}", mend=mend)
         collaboration = replace(collaboration, **{name: value})
     return collaboration
+
+
+def _kinds(collaboration: Any, name: str) -> tuple[type, ...]:
+    """The types that a setting may have."""
+    hint = get_type_hints(type(collaboration))[name]
+    return get_args(hint) or (hint,)
 
 
 def _from_run(folder: Path, method: Method) -> Source:

@@ -20,20 +20,27 @@ from kitestring.errors import PackageError, SettingError
 def create(path: Path) -> str:
     """Write a new private key to `path` and its public key to `path`.pub; the public key.
 
-    Raises `SettingError` where there is a file already: a lost key signs nothing more."""
-    if path.exists():
-        raise SettingError(f"{path} is there already", mend="Choose another name, or keep that key")
+    Raises `SettingError` where there is either file already: a lost key signs nothing more."""
+    beside = Path(f"{path}.pub")
+    for file in (path, beside):
+        if os.path.lexists(file):
+            mend = "Choose another name, or keep that key"
+            raise SettingError(f"{file} is there already", mend=mend)
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pem)
     public = _hex(key)
-    path.with_name(path.name + ".pub").write_text(public + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as private:
+            private.write(pem)
+        beside.write_text(public + "\n")
+    except OSError as problem:
+        what = f"cannot be written ({problem.strerror})"
+        raise SettingError(what, str(path), "Give a file in a folder of yours") from None
     return public
 
 
@@ -64,14 +71,14 @@ def trusted(paths: Iterable[Path]) -> frozenset[str]:
             raise SettingError("there is no *.pub in it", str(path), "Name a public key")
         for file in files:
             try:
-                text = file.read_text().strip()
-                Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
+                public = bytes.fromhex(file.read_text())
+                Ed25519PublicKey.from_public_bytes(public)
             except OSError as problem:
                 raise SettingError(f"cannot be read ({problem.strerror})", str(file)) from None
             except ValueError:
                 what = "not a public key: 64 hexadecimal digits"
                 raise SettingError(what, str(file), "Name the .pub file") from None
-            found.add(text.lower())
+            found.add(public.hex())
     return frozenset(found)
 
 
@@ -84,8 +91,8 @@ def verify(signature: object, blob: bytes, known: frozenset[str], where: str) ->
     try:
         if not isinstance(signature, dict) or signature["algorithm"] != "ed25519":
             raise ValueError
-        public, mark = str(signature["key"]).lower(), bytes.fromhex(signature["signature"])
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        raw, mark = (bytes.fromhex(signature[part]) for part in ("key", "signature"))
+        key, public = Ed25519PublicKey.from_public_bytes(raw), raw.hex()
     except (KeyError, ValueError, TypeError):
         raise PackageError("its signature cannot be read", where, "Fetch it again") from None
     try:

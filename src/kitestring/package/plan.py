@@ -26,6 +26,7 @@ import numpy as np
 from kitestring.arrays import fullest, real
 from kitestring.core import Array, Devices, Fit, Recipe, Rows, Tree
 from kitestring.errors import PackageError
+from kitestring.package import sound
 
 Given: TypeAlias = Any
 """What JSON can hold, as described above."""
@@ -63,6 +64,12 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
 PRIMITIVES = ("initial", "uniform", "predict", "fit", "backward")
 """What `core.Devices` offers."""
 
+# What Python and numpy raise for arguments that make no sense.
+_FAILURES = (
+    *(TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, AssertionError, MemoryError, RecursionError),
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -91,18 +98,20 @@ def encode(plan: Plan) -> dict[str, Any]:
 
 
 def decode(found: Mapping[str, Any]) -> Plan:
-    """From JSON; refuses operations that this version does not know, before any of them runs."""
+    """From JSON; refuses operations that this version does not know, and what is no plan, before
+    any step runs."""
     try:
         steps = tuple(
             Step(op, tuple(args), kwargs, out) for op, args, kwargs, out in found["steps"]
         )
-        plan = Plan(found["name"], found["inputs"], steps, found["outputs"])
-    except (KeyError, TypeError, ValueError) as problem:
-        raise PackageError(f"a plan is not one ({problem})") from None
-    for step in steps:
-        if step.op not in OPERATIONS and step.op not in PRIMITIVES:
-            mend = "It was made for a newer Kitestring: update the device"
-            raise PackageError(f"unknown operation {step.op!r}", f"plan {plan.name}", mend)
+        plan = Plan(str(found["name"]), found["inputs"], steps, found["outputs"])
+        for step in steps:
+            if step.op not in OPERATIONS and step.op not in PRIMITIVES:
+                mend = "It was made for a newer Kitestring: update the device"
+                raise PackageError(f"unknown operation {step.op!r}", f"plan {plan.name}", mend)
+        sound.check(plan.inputs, found["steps"], plan.outputs)
+    except (KeyError, TypeError, ValueError, RecursionError) as problem:
+        raise PackageError(f"a plan is not one ({problem})", mend="Pack it anew") from None
     return plan
 
 
@@ -125,18 +134,21 @@ def run(plan: Plan, inputs: Any, devices: Devices) -> Any:
     last = {n: at for at, step in enumerate(plan.steps) for n in numbers([*step.args, step.kwargs])}
     kept = set(numbers(plan.outputs))
     for at, step in enumerate(plan.steps):
-        args = [_value(a, values) for a in step.args]
-        kwargs = {k: _value(a, values) for k, a in step.kwargs.items()}
         try:
+            args = [_value(a, values) for a in step.args]
+            kwargs = {k: _value(a, values) for k, a in step.kwargs.items()}
             with np.errstate(all="ignore"):
                 found = _called(step, args, kwargs, devices)
-        except (TypeError, ValueError, IndexError, KeyError) as problem:
+        except _FAILURES as problem:
             raise PackageError(f"step {at} ({step.op}) fails: {problem}", where) from None
         _bind(step.out, found, values, where, f"result of step {at}")
         for n in numbers([*step.args, step.kwargs]):
             if last[n] == at and n not in kept:
                 values.pop(n, None)
-    return _value(plan.outputs, values)
+    try:
+        return _value(plan.outputs, values)
+    except _FAILURES as problem:
+        raise PackageError(f"its output fails: {problem}", where) from None
 
 
 def _called(step: Step, args: list[Any], kwargs: dict[str, Any], devices: Devices) -> Any:

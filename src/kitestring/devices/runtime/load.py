@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.numpy import load as load_tensors
 from kitestring.core import Tree
 from kitestring.devices.runtime import golden
 from kitestring.devices.runtime.compute import OrtCompute
+from kitestring.devices.runtime.graph import Graph
 from kitestring.devices.runtime.half import RecordedHalf, crossing
 from kitestring.errors import PackageError
 from kitestring.package import archive
@@ -34,31 +37,52 @@ class Loaded:
 
 
 def load(path: Path, known: frozenset[str], threads: int = 1) -> Loaded:
-    """Raises `PackageError`: see `archive.read`; also for another runtime than the one here, and
-    for graphs that do not give their golden outputs here."""
+    """Raises `PackageError`: see `archive.read`; also for another runtime than the one here, for
+    what is signed and yet not a whole package, and for graphs that do not give their golden outputs
+    here."""
     package = archive.read(path, known)
-    manifest, where = package.manifest, package.name
     try:
-        _check_runtime(manifest["runtime"], where)
-        tensors = load_tensors(package.files["weights.safetensors"])
-        plans = {name: decode(plan) for name, plan in package.json("plans.json").items()}
-        half = RecordedHalf(
-            plans,
-            crossing(manifest["crosses"]["rounds"]),
-            crossing(manifest["crosses"]["requests"]),
-        )
-        graphs = {n: b for n, b in package.files.items() if n.startswith("graphs/")}
-        initial = {p: _tree(names, tensors) for p, names in manifest["programs"].items()}
-        goldens = golden.unpack(
-            package.json("golden.json"), load_tensors(package.files["golden.safetensors"])
-        )
-        deployed = _tree(manifest["deployed"], tensors)
-    except (KeyError, TypeError, ValueError) as problem:
-        raise PackageError(
-            f"something is missing in it ({problem})", where, "Pack it anew"
-        ) from None
+        return _checked(package, threads)
+    except PackageError:
+        raise
+    except Exception as problem:  # whoever made it may have put anything anywhere
+        what = f"something is missing in it, or is not what it should be ({problem!r})"
+        raise PackageError(what, package.name, "Pack it anew") from problem
+
+
+def _checked(package: archive.Package, threads: int) -> Loaded:
+    manifest, where = package.manifest, package.name
+    _check_runtime(manifest["runtime"], where)
+    if not isinstance(manifest["collaboration"]["name"], str):
+        raise TypeError("the collaboration's name is not a text")
+    tensors = load_tensors(package.files["weights.safetensors"])
+    plans = {name: decode(plan) for name, plan in package.json("plans.json").items()}
+    half = RecordedHalf(
+        plans,
+        crossing(manifest["crosses"]["rounds"]),
+        crossing(manifest["crosses"]["requests"]),
+    )
+    graphs = {n: b for n, b in package.files.items() if n.startswith("graphs/")}
+    initial = {p: _tree(names, tensors) for p, names in manifest["programs"].items()}
+    goldens = golden.unpack(
+        package.json("golden.json"), load_tensors(package.files["golden.safetensors"])
+    )
+    _check_goldens(goldens, graphs, where)
+    deployed = _tree(manifest["deployed"], tensors)
     compute = OrtCompute(graphs, initial, threads=threads)
     return Loaded(package, half, compute, deployed, golden.check(goldens, compute))
+
+
+def _check_goldens(
+    goldens: Sequence[golden.Golden], graphs: Mapping[str, bytes], where: str
+) -> None:
+    """One for each graph: what is held against nothing could compute anything."""
+    calls = {"step": "fit"}  # a graph's primitive -> the call that runs it, where they differ
+    abouts = [Graph(model).about for model in graphs.values()]
+    wanted = Counter((calls.get(a.primitive, a.primitive), a.program) for a in abouts)
+    if odd := wanted - Counter((g.primitive, g.program) for g in goldens):
+        primitive, program = next(iter(odd))
+        raise PackageError(f"no golden outputs for {primitive} of {program}", where, "Pack it anew")
 
 
 def _tree(names: dict[str, str], tensors: dict[str, Any]) -> Tree:

@@ -28,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         found = load(given.package, keys.trusted(given.trust), given.threads)
-    except KitestringError as error:
+        opened = Opened(found.half, found.compute, found.package.manifest["collaboration"]["name"])
+        listen(DeviceSide(lambda header: opened, lambda header: found.half))
+    except KitestringError as error:  # of the package, or bytes that are no frame
         print(error, file=sys.stderr)
         return 2
-    opened = Opened(found.half, found.compute, found.package.manifest["collaboration"]["name"])
-    listen(DeviceSide(lambda header: opened, lambda header: found.half))
     return 0
 
 
