@@ -101,3 +101,31 @@ def test_ranks_that_make_no_sense(rank: int) -> None:
 def test_a_target_that_names_nothing() -> None:
     with told(TaskError, "'head'", mend="0, 2.0"):
         low_rank(base(), 2, targets=("head",))
+
+
+class Masked(nn.Linear):
+    """Computes in its own way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * (self.weight > 0), self.bias)
+
+
+def test_layers_that_compute_in_their_own_way_are_left_alone() -> None:
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda layer, given, out: out * 2)
+    module = nn.Sequential(Masked(6, 8), hooked, nn.Linear(8, 3))
+    adapted, x = low_rank(module, 2), torch.randn(4, 6)
+    assert torch.equal(adapted(x), module(x))
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad} == {"2.down", "2.up"}
+    with told(TaskError, "no linear layer matches '0'", mend="Layers that can be adapted: 2"):
+        low_rank(module, 2, ["0"])
+
+
+def test_a_layer_in_two_places_has_one_adapter() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    adapted = stirred(low_rank(nn.Sequential(layer, nn.ReLU(), layer), 2))
+    assert adapted[0] is adapted[2]  # type: ignore[index]
+    whole, x = merged(adapted), torch.randn(4, 6)
+    assert not any(isinstance(m, LowRank) for m in whole.modules())
+    assert torch.allclose(whole(x), adapted(x), atol=1e-5)

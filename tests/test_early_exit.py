@@ -273,3 +273,10 @@ def test_lenet_with_an_exit_on_mnist(data: Path, monkeypatch: pytest.MonkeyPatch
     assert found["exit"] == pytest.approx(most, abs=0.05)
     assert found["accuracy"] == pytest.approx(scores[left.index(most)], abs=0.05)
     sys.modules.pop("branchynet")
+
+
+@pytest.mark.parametrize("make", [EarlyExit, Cascade])
+@pytest.mark.parametrize(("setting", "value"), [("share", 2.0), ("share", -0.1), ("personal", 3.0)])
+def test_shares_and_blends_lie_between_none_and_all(make: Any, setting: str, value: float) -> None:
+    with pytest.raises(SettingError, match=f"{setting} {value}.*from 0 to 1"):
+        make(**{setting: value})

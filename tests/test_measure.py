@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from kitestring.errors import PackageError, SettingError, TaskError
-from kitestring.measure import bench, command, energy, limits
+from kitestring.measure import bench, command, energy, limits, runtimes
 from kitestring.measure import inputs as drawing
 from kitestring.measure.bench import Setting, measure
 from kitestring.measure.operations import Counted, count
@@ -226,7 +226,14 @@ def test_real_inputs_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("shapes", "says"),
-    [("1x28x", "1x28x"), ("a", "no shape"), ("3:float8", "float8"), ("-1x3", "-1x3")],
+    [
+        ("1x28x", "1x28x"),
+        ("a", "no shape"),
+        ("3:float8", "float8"),
+        ("-1x3", "-1x3"),
+        ("6:int64:0", "below 0"),
+        (f"6:int64:{2**63}", "below 9"),
+    ],
 )
 def test_shapes_that_are_none(shapes: str, says: str) -> None:
     with told(SettingError, says, mend="Write 1x28x28"):
@@ -374,6 +381,45 @@ def test_operations_of_a_module_are_those_counted_by_hand(tmp_path: Path) -> Non
     assert found["moved"] == 4 * (4 * 12 + 12 * 3 + 3 + 4 * 3)
     found = asked(f"{tmp_path / 'mod.py'}:Steps", "count", rows=4, shapes=("7x6",))
     assert found["flops"] == 2 * 4 * 7 * (20 * 6 + 20 * 5)
+
+
+def test_attention_and_single_rows_are_counted(tmp_path: Path) -> None:
+    """5 tokens of 16 through a layer with 32 hidden: queries, keys and values 16 x 48, both
+    products of attention 5 x 16 x 5, its output 16 x 16, 16 x 32 and back. A matrix by a vector:
+    12 x 9. In evaluation torch would fuse the first and count neither."""
+    (tmp_path / "heads.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)\n"
+        "class Vector(nn.Module):\n"
+        "    def forward(self, x): return torch.ones(9, 12) @ x[0] + x.sum()\n"
+    )
+    found = asked(f"{tmp_path / 'heads.py'}:layer", "count", shapes=("5x16",))
+    assert found["flops"] == 2 * 5 * (16 * 48 + 2 * 5 * 16 + 16 * 16 + 2 * 16 * 32)
+    assert asked(f"{tmp_path / 'heads.py'}:Vector", "count", shapes=("12",))["flops"] == 2 * 12 * 9
+
+
+def test_inputs_of_a_file_go_to_the_arguments_that_they_name(tmp_path: Path) -> None:
+    from torch import nn
+
+    from kitestring.measure.modules import ordered
+
+    class Two(nn.Module):
+        def forward(self, x: Any, mask: Any = None, scale: Any = None) -> Any:
+            return x
+
+    a, b = np.zeros(1), np.ones(1)
+    assert ordered(Two(), {"mask": b, "x": a}, "f.npz") == [a, b]
+    assert ordered(Two(), {"arr_0": b, "arr_1": a}, "f.npz") == [b, a]
+    for odd in ({"y": a}, {"x": a, "scale": b}):
+        with told(SettingError, "forward takes x, mask, scale", "f.npz", "before the last"):
+            ordered(Two(), odd, "f.npz")
+
+
+def test_what_speaks_of_seats_is_no_want_of_memory() -> None:
+    assert not runtimes.starved(ValueError("no allocation of seats"))
+    for said in ("std::bad_alloc", "Failed to allocate memory for requested buffer of size 9",
+                 "DefaultCPUAllocator: can't allocate memory"):  # fmt: skip
+        assert runtimes.starved(RuntimeError(said))
 
 
 # Memory
@@ -666,6 +712,7 @@ def test_a_device_without_rich_prints_json(
         (["fine.onnx", "--dim", "n"], "--dim 'n'"),
         (["fine.onnx", "--like", "fone"], "Did you mean 'phone'"),
         (["fine.onnx", "--json", "no/such/folder.json"], "cannot be written"),
+        (["fine.onnx", "--json", "a.toml", "--save-profile", "./a.toml"], "name one file"),
         (["fine.onnx", "--inputs", "no.npz"], "no .npz file of inputs"),
         (["fine.onnx", "--baseline", "no.onnx"], "no such file"),
         (["relu.onnx", "--save-profile", "p.toml"], "no profile can be saved"),
@@ -697,6 +744,8 @@ def test_what_is_wrong_is_one_line(
         ("import torch\nnet = torch.nn.Conv2d(3, 4, 3)", SettingError, "--input 1x28x28"),
         ("import torch\nnet = torch.nn.Sequential(*[torch.nn.Linear(4, 3) for _ in 'ab'])",
          SettingError, "(2, 4)"),
+        ("import threading, torch\nnet = torch.nn.Linear(4, 3)\nnet.lock = threading.Lock()",
+         TaskError, "it cannot be copied"),
         ("other = 1", SettingError, "no 'net' there"),
     ],
 )  # fmt: skip

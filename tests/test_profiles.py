@@ -225,6 +225,7 @@ def test_what_a_file_leaves_out_is_as_in_the_class_it_is_like(tmp_path: Path) ->
         ({"speed": 3}, "unknown key 'speed'", "Known: "),
         ({"flop": 3}, "unknown key 'flop'", "Did you mean 'flops'"),
         ({"like": "fone"}, "unknown size class 'fone'", "Did you mean 'phone'"),
+        ({"like": ["phone"]}, "unknown size class", "Known"),
         ({"like": 3}, "unknown size class '3'", "Known"),
         ({"kind": "guessed"}, "kind is 'guessed'", "assumed, published, measured, modelled"),
         ({"name": 3}, "name and about are texts", "--save-profile"),

@@ -48,12 +48,18 @@ def spread(values: Sequence[float]) -> str:
     return f"{units.duration(middle)} ({units.duration(low)} to {units.duration(high)})"
 
 
-def lead(measured: Any, own: Any) -> str:
-    """How many times as fast Kitestring was, run by run: as `spread`."""
-    if measured is own or own.failed:
-        return ""
+def leads(measured: Any, own: Any) -> list[float]:
+    """How many times as fast Kitestring was, run by run: 10th percentile, median, 90th."""
+    if measured is own or own.failed or measured.failed:
+        return []
     shares = np.array(pooled(measured.walls)) / np.array(pooled(own.walls))
-    low, middle, high = np.quantile(shares, (0.1, 0.5, 0.9))
+    return [float(f"{q:.4g}") for q in np.quantile(shares, (0.1, 0.5, 0.9))]
+
+
+def lead(measured: Any, own: Any) -> str:
+    if not (found := leads(measured, own)):
+        return ""
+    low, middle, high = found
     return f"{middle:.2f}× ({low:.2f} to {high:.2f})"
 
 
@@ -61,9 +67,19 @@ def mebibytes(values: Sequence[int]) -> str:
     return f"{statistics.median(values) / 2**20:,.0f}"
 
 
+def owned(found: Sequence[Any]) -> Any:
+    (own,) = [m for m in found if m.name == "kitestring"]
+    return own
+
+
+def median(measured: Any) -> float | None:
+    """Seconds, of all passes."""
+    return float(np.median(pooled(measured.walls))) if measured.walls else None
+
+
 def rows(results: Results, case: cases.Case) -> list[list[str]]:
     found = results.found[case.name]
-    (own,) = [m for m in found if m.name == "kitestring"]
+    own = owned(found)
     return [[case.title if m is found[0] else "", *cells(m, own)] for m in found]
 
 
@@ -176,7 +192,12 @@ def write(results: Results) -> None:
     RESULT.write_text("\n".join([*top, about.rstrip(), show(results)]) + "\n")
     raw = {
         "machine": machine(),
-        "cases": [kept(m) for m in every],
+        "cases": [
+            kept(m, own)
+            for found in results.found.values()
+            for own in [owned(found)]
+            for m in found
+        ],
         "exports": list(results.exports),
         "sizes": dict(results.sizes),
         "installed": dict(results.installed),
@@ -184,7 +205,7 @@ def write(results: Results) -> None:
     RESULT.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n")
 
 
-def kept(measured: Any) -> dict[str, Any]:
+def kept(measured: Any, own: Any) -> dict[str, Any]:
     """Of all runs the quantiles, by pass."""
 
     def quantiles(passes: Sequence[Sequence[float]]) -> list[dict[str, float]]:
@@ -195,4 +216,5 @@ def kept(measured: Any) -> dict[str, Any]:
         ]
 
     plain = {k: v for k, v in vars(measured).items() if k not in ("walls", "cpus")}
-    return {**plain, "wall": quantiles(measured.walls), "cpu": quantiles(measured.cpus)}
+    times = {"wall": quantiles(measured.walls), "cpu": quantiles(measured.cpus)}
+    return {**plain, "median": median(measured), "lead": leads(measured, own), **times}

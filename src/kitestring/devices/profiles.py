@@ -168,7 +168,7 @@ def _text(path: Path) -> bytes:
 def _like(name: Any, where: str) -> Profile | None:
     if name is None:
         return None
-    if name not in PROFILES:
+    if not isinstance(name, str) or name not in PROFILES:
         odd = unknown("size class", str(name), PROFILES)
         raise SettingError(f"like: {odd.what}", where, odd.mend)
     return PROFILES[name]

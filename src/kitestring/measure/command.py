@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kitestring.errors import KitestringError, SettingError
+from kitestring.errors import KitestringError, RunError, SettingError
 from kitestring.extras import need
 
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -40,7 +40,9 @@ def add(commands: Any) -> None:
         "--input", action="append", default=[], metavar="SHAPE",
         help="one row of a module's input: 1x28x28, or 20:int64:1000; again for each input",
     )  # fmt: skip
-    what.add_argument("--inputs", metavar="FILE", default="", help="real inputs, .npz, by name")
+    what.add_argument(
+        "--inputs", metavar="FILE", default="", help="real inputs, .npz, by name; of .pte in order"
+    )
     what.add_argument(
         "--dim", action="append", default=[], metavar="NAME=N",
         help="the size of an axis that an ONNX graph leaves open",
@@ -88,6 +90,8 @@ def run(given: argparse.Namespace, command: str) -> None:
     saved.size_class(given.like)
     _writable(given.json)
     _writable(given.save_profile)
+    if given.json and given.save_profile and given.json.resolve() == given.save_profile.resolve():
+        raise SettingError("--json and --save-profile name one file", str(given.json))
     inputs = Inputs(given.rows, tuple(given.input), dict(map(_dim, given.dim)))
     memory = None if given.memory is None else size(given.memory)
     setting = bench.Setting(inputs, given.runs, given.threads, given.cpu_quota, memory)
@@ -107,7 +111,10 @@ def run(given: argparse.Namespace, command: str) -> None:
     else:
         print(whole)  # a device has no rich
     if given.json:
-        given.json.write_text(whole, encoding="utf-8")
+        try:
+            given.json.write_text(whole, encoding="utf-8")
+        except OSError as problem:
+            raise RunError(f"cannot be written: {problem.strerror}", str(given.json)) from None
     if given.save_profile:
         made = saved.profile(report, given.like, given.save_profile.stem)
         saved.write(given.save_profile, made)

@@ -41,6 +41,9 @@ def row(text: str) -> Row:
     if not found:
         raise SettingError(f"--input {text!r} is no shape", mend="Write 1x28x28 or 20:int64:1000")
     sizes, dtype, below = found.groups()
+    if below is not None and not 1 <= int(below) < 2**63:
+        what = f"--input {text!r}: no whole number is drawn below {below}"
+        raise SettingError(what, mend="Write 1x28x28 or 20:int64:1000")
     return Row(tuple(map(int, sizes.split("x"))), dtype or "float32", int(below or 2))
 
 

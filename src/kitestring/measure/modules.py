@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kitestring.core import Rows
+from kitestring.core import Array, Rows
 from kitestring.devices.fit.programs import Batch, Program
 from kitestring.errors import SettingError, TaskError
 from kitestring.measure.inputs import Row
@@ -33,7 +35,8 @@ def made(found: Any, name: str) -> nn.Module:
         with named.told("it fails"):
             found = found()
     elif isinstance(found, nn.Module):
-        found = copy.deepcopy(found)
+        with named.told("it cannot be copied"):
+            found = copy.deepcopy(found)
     if not isinstance(found, nn.Module):
         mend = "Name a torch.nn.Module, or a function without arguments that makes one"
         raise TaskError(f"gives {type(found).__name__}, not a module", name, mend)
@@ -54,6 +57,21 @@ def rows(module: nn.Module, name: str) -> list[Row]:
 def _shapeless(layer: nn.Module) -> bool:
     """Layers that take any shape and leave its last size as it is."""
     return isinstance(layer, nn.Identity | nn.ReLU | nn.Tanh | nn.Sigmoid | nn.Dropout)
+
+
+def ordered(module: nn.Module, given: Mapping[str, Array], where: str) -> list[Array]:
+    """Inputs by name in the order of forward's arguments; those without names, which
+    `numpy.savez` calls arr_0, arr_1, as they come."""
+    if all(name.startswith("arr_") for name in given):
+        return list(given.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind in kinds]
+    first = known[: len(given)]
+    if set(first) != given.keys():
+        what = f"it holds {', '.join(given)}, and forward takes {', '.join(known) or 'none'}"
+        raise SettingError(what, where, "Name them so, and leave none out before the last")
+    return [given[name] for name in first]
 
 
 def weights(module: nn.Module) -> int:

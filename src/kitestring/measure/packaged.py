@@ -17,8 +17,6 @@ from kitestring.errors import PackageError
 from kitestring.measure.subject import Subject
 from kitestring.package import archive, keys
 
-_CALLS = {"step": "fit"}  # a graph's primitive -> the golden call that runs it
-
 
 def subjects(path: Path, trusted: list[Path], rows: int, folder: Path) -> list[Subject]:
     """Verified first. Graphs and inputs are written into `folder`, which must outlive measuring.
@@ -44,15 +42,17 @@ def subjects(path: Path, trusted: list[Path], rows: int, folder: Path) -> list[S
             label += f" {number}" if any(label == s.name for s in found) else ""
             size = len(package.files[name])
             found.append(Subject(label, "onnx", str(source), size, str(values)))
-    except (KeyError, TypeError, ValueError) as problem:
-        what = f"something is missing in it ({problem})"
+    except PackageError:
+        raise
+    except Exception as problem:  # whoever made it may have put anything anywhere
+        what = f"something is missing in it, or is not what it should be ({problem!r})"
         raise PackageError(what, package.name, "Pack it anew") from None
     return found
 
 
 def _call(about: About, goldens: list[Golden]) -> Golden:
     """The golden call that runs this graph."""
-    wanted = (_CALLS.get(about.primitive, about.primitive), about.program)
+    wanted = (about.call, about.program)
     for call in goldens:
         if (call.primitive, call.program) == wanted and about.columns.keys() <= call.rows.keys():
             return call

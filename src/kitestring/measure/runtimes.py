@@ -46,7 +46,12 @@ def missing(package: str, what: str) -> SettingError:
 
 def starved(problem: Exception) -> bool:
     """Whether it is for want of memory, which each runtime says in its own words."""
-    return isinstance(problem, MemoryError) or "alloc" in str(problem).lower()
+    said = str(problem).lower()
+    return isinstance(problem, MemoryError) or any(words in said for words in _STARVED)
+
+
+_STARVED = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory",
+            "unable to allocate")  # fmt: skip
 
 
 class Onnx:
@@ -141,7 +146,7 @@ class Torch:
         self._module = self._modules.made(self._source, self._subject.name)
         if self._subject.values:
             found = drawing.read(self._subject.values)
-            arrays = [found[name] for name in sorted(found)]
+            arrays = self._modules.ordered(self._module, found, self._subject.values)
         else:
             shapes = [drawing.row(text) for text in self._given.shapes]
             wanted = shapes or self._modules.rows(self._module, self._subject.name)
@@ -206,8 +211,7 @@ class ExecuTorch:
         about = self._method.metadata
         metas = [about.input_tensor_meta(place) for place in range(about.num_inputs())]
         if self._subject.values:
-            found = drawing.read(self._subject.values)
-            arrays = [found[name] for name in sorted(found)]
+            arrays = list(drawing.read(self._subject.values).values())  # it knows no names
         else:
             arrays = [
                 drawing.draw(tuple(m.sizes()), _SCALARS.get(m.dtype(), "float32"), None, None)

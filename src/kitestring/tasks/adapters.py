@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,11 +65,12 @@ def low_rank(
     what they add by alpha / rank; it is `rank` if None.
 
     Raises `TaskError` for a rank below 1, and where no linear layer can be adapted. Layers inside
-    of nn.MultiheadAttention and torch's transformer layers cannot: those read weights directly."""
+    of nn.MultiheadAttention and torch's transformer layers cannot: those read weights directly. Nor
+    can subclasses of nn.Linear and layers with hooks, which compute in their own way."""
     if rank < 1:
         raise TaskError(f"rank is {rank}", "low_rank", "Give a whole number from 1")
     found = copy.deepcopy(module).requires_grad_(False)
-    if isinstance(found, nn.Linear):
+    if _plain(found):
         return LowRank(found, rank, rank if alpha is None else alpha)
     chosen = [
         (name, layer) for name, layer in _linears(found)
@@ -78,8 +80,11 @@ def low_rank(
         known = ", ".join(name for name, _ in _linears(found)) or "none"
         what = f"no linear layer matches {', '.join(map(repr, targets))}"
         raise TaskError(what, "low_rank", f"Layers that can be adapted: {known}")
+    made: dict[nn.Linear, LowRank] = {}  # a layer in two places has one adapter
     for name, layer in chosen:
-        _put(found, name, LowRank(layer, rank, rank if alpha is None else alpha))
+        if layer not in made:
+            made[layer] = LowRank(layer, rank, rank if alpha is None else alpha)
+        _put(found, name, made[layer])
     return found
 
 
@@ -89,16 +94,27 @@ def merged(module: nn.Module) -> nn.Module:
     found = copy.deepcopy(module)
     if isinstance(found, LowRank):
         return found.whole()
-    for name, layer in [(n, m) for n, m in found.named_modules() if isinstance(m, LowRank)]:
-        _put(found, name, layer.whole())
+    places = [
+        (name, layer) for name, layer in found.named_modules(remove_duplicate=False)
+        if isinstance(layer, LowRank)
+    ]  # fmt: skip
+    wholes = {layer: layer.whole() for _, layer in places}
+    for name, layer in places:
+        _put(found, name, wholes[layer])
     return found
+
+
+def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linear]]:
     if isinstance(module, _READ):
         return
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+    for name, child in module._modules.items():  # a child that is there twice, twice
+        if child is None:
+            continue
+        if _plain(child):
             yield prefix + name, child
         else:
             yield from _linears(child, f"{prefix}{name}.")

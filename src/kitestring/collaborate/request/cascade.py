@@ -28,6 +28,7 @@ from kitestring.core import (
     Rows,
     Tree,
 )
+from kitestring.errors import SettingError
 
 _BINS = 256
 
@@ -56,6 +57,9 @@ class Cascade:
         "The shipped small model answers; what it is least sure of goes up to the large one.",
         needs=("pool", "confidence"),
     )
+
+    def __post_init__(self) -> None:
+        share_and_blend("Cascade", self.share, self.personal)
 
     @staticmethod
     def trials(budget: Budget) -> list[Cascade]:
@@ -93,6 +97,13 @@ class Cascade:
 
     def serve(self) -> Escalate:
         return Escalate(self.personal)
+
+
+def share_and_blend(name: str, share: float, personal: float) -> None:
+    """Raises `SettingError` unless both are between 0 and 1."""
+    for setting, value in (("share", share), ("personal", personal)):
+        if not 0 <= value <= 1:
+            raise SettingError(f"{setting} {value}", name, "Give a number from 0 to 1")
 
 
 def confidence(weights: Tree, devices: Devices) -> tuple[Tree, Rows]:

@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 
 from kitestring.collaborate.about import About, Budget
-from kitestring.collaborate.request.cascade import Escalate, quantile
+from kitestring.collaborate.request.cascade import Escalate, quantile, share_and_blend
 from kitestring.core import (
     Array,
     Ask,
@@ -74,6 +74,7 @@ class EarlyExit:
     )
 
     def __post_init__(self) -> None:
+        share_and_blend("EarlyExit", self.share, self.personal)
         if self.threshold is not None and not self.threshold >= 0:
             mend = "Give nats: 0 sends everything, more than log(classes) nothing"
             raise SettingError(f"threshold {self.threshold}", "EarlyExit", mend)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -29,8 +30,38 @@ def _layer_of_lstm(x: Any, inputs: Any, states: Any, *_: Any, **__: Any) -> int:
     return int(2 * x[0] * x[1] * (prod(inputs) + prod(states)))
 
 
-# One operation on the CPU, which torch itself does not count.
-_COUNTED = {torch.ops.aten.mkldnn_rnn_layer: _layer_of_lstm}
+def _matrix_by_vector(matrix: Any, vector: Any, *rest: Any, **how: Any) -> int:
+    return 2 * int(prod(matrix))
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Shapes [batch, heads, length, size] of queries, keys and values: two products."""
+    return 2 * int(prod(q[:3])) * k[2] * (q[3] + v[3])
+
+
+# What torch's counter leaves out. A layer of an LSTM is one operation on the CPU.
+_COUNTED = {
+    torch.ops.aten.mkldnn_rnn_layer: _layer_of_lstm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mv: _matrix_by_vector,
+    torch.ops.aten.addmv: lambda bias, *given, **how: _matrix_by_vector(*given, **how),
+    torch.ops.aten.dot: _matrix_by_vector,
+}
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Counts what runs in it, without slopes. Attention goes the long way, since torch's counter
+    does not see its fused one."""
+    counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
+    counter.mod_tracker = _Untracked()  # type: ignore[assignment]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @dataclass(frozen=True)
@@ -140,9 +171,7 @@ class Program:
         key = tuple((k, shape, np.dtype(dtype)) for k, (shape, dtype) in rows.items())
         if key not in self._flops:
             row = {k: self.put(np.zeros((1, *shape), dtype)) for k, (shape, dtype) in rows.items()}
-            counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
-            counter.mod_tracker = _Untracked()  # type: ignore[assignment]
-            with torch.no_grad(), counter:
+            with counting() as counter:
                 self.evaluating(row)
             self._flops[key] = float(counter.get_total_flops())
         return self._flops[key]

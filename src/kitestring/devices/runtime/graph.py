@@ -119,6 +119,11 @@ class About:
         return {k: (leaf.shape, np.dtype(leaf.dtype)) for k, leaf in self.columns.items()}
 
     @property
+    def call(self) -> str:
+        """The primitive of `core.Devices` that runs it."""
+        return "fit" if self.primitive == "step" else self.primitive
+
+    @property
     def label(self) -> str:
         """For a person."""
         form = f" ({self.form})" if self.form else ""

@@ -17,6 +17,7 @@ from kitestring.devices.runtime import golden
 from kitestring.devices.runtime.compute import OrtCompute
 from kitestring.devices.runtime.graph import Graph
 from kitestring.devices.runtime.half import RecordedHalf, crossing
+from kitestring.devices.session import frozen
 from kitestring.errors import PackageError
 from kitestring.package import archive
 from kitestring.package.plan import decode
@@ -68,7 +69,7 @@ def _checked(package: archive.Package, threads: int) -> Loaded:
         package.json("golden.json"), load_tensors(package.files["golden.safetensors"])
     )
     _check_goldens(goldens, graphs, where)
-    deployed = _tree(manifest["deployed"], tensors)
+    deployed = frozen(_tree(manifest["deployed"], tensors))
     compute = OrtCompute(graphs, initial, threads=threads)
     return Loaded(package, half, compute, deployed, golden.check(goldens, compute))
 
@@ -77,9 +78,8 @@ def _check_goldens(
     goldens: Sequence[golden.Golden], graphs: Mapping[str, bytes], where: str
 ) -> None:
     """One for each graph: what is held against nothing could compute anything."""
-    calls = {"step": "fit"}  # a graph's primitive -> the call that runs it, where they differ
     abouts = [Graph(model).about for model in graphs.values()]
-    wanted = Counter((calls.get(a.primitive, a.primitive), a.program) for a in abouts)
+    wanted = Counter((a.call, a.program) for a in abouts)
     if odd := wanted - Counter((g.primitive, g.program) for g in goldens):
         primitive, program = next(iter(odd))
         raise PackageError(f"no golden outputs for {primitive} of {program}", where, "Pack it anew")
