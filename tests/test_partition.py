@@ -29,6 +29,7 @@ from kitestring.devices.profiles import PROFILES, Profile
 from kitestring.errors import KitestringError, SettingError, TaskError
 from kitestring.exchange import wire
 from kitestring.partition import command
+from kitestring.partition import graph as graphs
 from kitestring.partition.choose import (
     Place,
     cost,
@@ -307,6 +308,245 @@ def test_what_is_of_no_dtype_on_the_wire_cannot_cross() -> None:
     why = {cut.name: cut.why for cut in cuts(graph)}
     assert "bfloat16" in why["after bfloat16"]
     assert not why["after float"]
+
+
+# --- models that write in place
+
+
+class Layers(nn.Module):
+    """What those below are made of; nothing of it is idempotent in place but `act`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act, self.drop = nn.ReLU(inplace=True), nn.Dropout(inplace=True)
+        self.flat, self.shrink = nn.Flatten(), nn.Conv1d(8, 8, 1)
+        self.register_buffer("last", torch.zeros(8))
+
+
+class Item(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h[:, 0] = 0
+        h[:, 2:4] *= 3
+        return self.b(h)
+
+
+class Columns(Layers):
+    """Of a tensor that depends on how many rows there are, and on no value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out = self.a(x), torch.zeros(x.shape[0], 8)
+        for i in range(2):
+            out[:, i] = h[:, i] * (i + 2)
+        return self.b(out)
+
+
+class Lost(Layers):
+    """Nobody takes the result of the module in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.act(h)
+        return self.b(h)
+
+
+class LostMethod(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h.relu_()
+        return self.b(h)
+
+
+class LostFunction(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        nn.functional.relu(h, inplace=True)
+        return self.b(h)
+
+
+class LostBetween(Layers):
+    """What was read before the write must be as before, what is read behind it not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        early = h + 0
+        self.act(h)
+        return self.b(early) + self.b(h).tanh()
+
+
+class LostDropout(Layers):
+    """It writes in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.drop(h)
+        return self.b(h)
+
+
+class OfView(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h[:, :4].mul_(3)
+        return self.b(h)
+
+
+class Overlap(Layers):
+    """The result is used, and so are the whole and another view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        one, other = h[:, :6], h[:, 2:]
+        one = one.mul_(2)
+        return self.b(h).tanh() + torch.cat([one, other[:, :2]], 1)
+
+
+class Named(Layers):
+    """Two names of one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        g = h
+        g += 1
+        return self.b(h)
+
+
+class Later(Layers):
+    """The result is used, and what was written to is used later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        y = h.mul_(2)
+        return self.b(y) + h.tanh()
+
+
+class Flattened(Layers):
+    """The module's view is written to, and what it is a view of is used later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).unsqueeze(1)
+        y = self.flat(h).mul_(-2)
+        return self.b(h.squeeze(1)) + y
+
+
+class Copied(Layers):
+    """`reshape` copies here; of what has crossed it would be a view, and `h` be written to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.shrink(x.unsqueeze(-1).expand(-1, -1, 3)).transpose(1, 2)
+        y = h.reshape(x.shape[0], 24).mul_(3)
+        return self.b(h.sum(1)) + y[:, :8]
+
+
+class OfSize(Layers):
+    """Of the result only its size is asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        y = h.relu_()
+        return self.b(h).view(y.size(0), 2, 4)
+
+
+class OfInput(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return self.b(self.a(x)) + x
+
+
+class Kept(Layers):
+    """A buffer is written to and read: the model's own tensor, that both halves share."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        last = self.last.copy_(h[0].detach() * 0 + 2)
+        return self.b(h * last).tanh() + self.last
+
+
+class Chain(nn.Sequential):
+    """Results in place that are used, as everywhere in torchvision."""
+
+    def __init__(self) -> None:
+        relu, drop = nn.ReLU(inplace=True), nn.Dropout(inplace=True)
+        super().__init__(nn.Linear(8, 8), relu, drop, nn.Linear(8, 8), nn.ELU(inplace=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (Item, "torch.export"), (Columns, "torch.export"), (Lost, "torch.fx"),
+        (LostMethod, "torch.fx"), (LostFunction, "torch.fx"), (LostBetween, "torch.fx"),
+        (OfView, "torch.export"), (Overlap, "torch.export"), (Named, "torch.export"),
+        (Later, "torch.fx"), (Flattened, "torch.export"), (Copied, "torch.export"),
+        (OfSize, "torch.fx"), (OfInput, "torch.fx"), (Kept, "torch.export"), (Chain, "torch.fx"),
+    ],
+)  # fmt: skip
+def test_halves_of_what_writes_in_place(kind: type[nn.Module], how: str) -> None:
+    """At every cut, for 1, 3 and 7 rows; neither half writes into what it is given, so that a back
+    can be asked twice, and learn from features that are leaves."""
+    torch.manual_seed(2)
+    module = kind().eval()
+    graph = trace(module, torch.randn(5, 8))
+    assert graph.how == how
+    found = [cut for cut in cuts(graph) if not cut.why]
+    assert len(found) >= 3
+    assert found[-1].at == len(graph.layers)
+    for cut in found:
+        front, back = halves(graph, cut)
+        for count in (1, 3, 7):
+            x = torch.randn(count, 8)
+            given = x.clone()
+            wanted = module(x.clone()).detach()
+            h = front(given).detach()
+            leaf = h.clone().requires_grad_()
+            answer = back(leaf)
+            answer.sum().backward()
+            torch.testing.assert_close(answer, wanted, rtol=1e-5, atol=1e-6, msg=cut.name)
+            assert torch.equal(given, x), cut.name
+            assert torch.equal(leaf, h), cut.name
+        slopes = [
+            torch.autograd.grad(f(x.clone()).sum(), list(module.parameters()), allow_unused=True)
+            for f in (lambda x, front=front, back=back: back(front(x)), module)
+        ]
+        torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5, msg=cut.name)
+
+
+def test_a_dropout_in_place_whose_result_is_dropped_drops_in_training() -> None:
+    module = LostDropout()
+    front, back = halves(trace(module, torch.randn(5, 8)), 1)
+    h = front(torch.randn(4, 8)).detach()
+    assert not torch.equal(back.train()(h), back(h))
+    assert torch.equal(back.eval()(h), back(h))
+
+
+def test_wrong_halves_are_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody looked for writes: the halves lose one, and the check is what sees it."""
+    monkeypatch.setattr(graphs, "settle", lambda traced, rows: {})
+    module, x = OfView().eval(), torch.randn(5, 8)
+    graph = trace(module, x)
+    for cut in cuts(graph):
+        with pytest.raises(TaskError, match=f"no cut {cut.name}: the halves give something else"):
+            halves(graph, cut)
+    with pytest.raises(TaskError, match="the halves give something else"):
+        study(module, x)
+
+
+@fx.wrap
+def judged(x: Tensor) -> Tensor:
+    """`torch.fx` does not look into it; `torch.export` does, and cannot follow it."""
+    return x if float(x[0, 0]) > 1e9 else x * 1
+
+
+class Judged(OfView):
+    def forward(self, x: Tensor) -> Tensor:
+        return judged(super().forward(x))
+
+
+def test_what_writes_in_place_and_cannot_be_followed_is_told_where() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), Judged())
+    with pytest.raises(TaskError, match="mul_ in 1 writes into a tensor that is used") as found:
+        trace(module, torch.randn(5, 8))
+    assert "h = h.relu() for h.relu_()" in str(found.value)
+    assert "\n" not in str(found.value)
 
 
 # --- models that cannot be followed
@@ -728,6 +968,8 @@ def test_a_built_in_tasks_model(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (("digits:large", "--link", "quick"), "is no link"),
         (("OWN:net",), "--input"),
         (("OWN:net", "--input", "3y3"), "is no shape"),
+        (("OWN:net", "--input", "6:int64:0"), "--input '6:int64:0'"),
+        (("OWN:net", "--input", f"6:int64:{2**64}"), "--input '6:int64:"),
         (("OWN:net", "--input", "3x3"), "the model fails on rows of 3x3"),
         (("OWN:other", "--input", "3x3"), "no 'other'"),
         (("nofile.py:net", "--input", "3"), "no such file"),

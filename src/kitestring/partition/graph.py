@@ -8,7 +8,8 @@ rows, which are sizes, and how sizes follow from the number of rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -17,19 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from kitestring.errors import TaskError
+from kitestring.partition.nodes import called, free, leaves, of_shape
+from kitestring.partition.writes import settle
 
 COUNTS = (2, 3, 5)  # rows: a size that is a n + b for all three is so for every n
 _CLOSE = 1e-4  # of the largest output: float32, summed in another order
-
-# Of tensors, these give what follows from shape and type alone.
-_SIZES = {"size", "dim", "ndimension", "numel", "sym_size", "sym_numel", "len"}
-_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
-# These move nothing: a cut behind one of them is the cut before it.
-_FREE = {
-    "getitem", "reshape", "view", "view_as", "permute", "transpose", "t", "unsqueeze", "squeeze",
-    "flatten", "unflatten", "unbind", "split", "split_with_sizes", "chunk", "contiguous", "expand",
-    "expand_as", "slice", "select", "narrow", "movedim", "swapaxes", "detach", "alias",
-}  # fmt: skip
 
 Kind: TypeAlias = Literal["rows", "parts", "value", "fixed", "size"]
 
@@ -69,7 +62,8 @@ class Layer:
 class Graph:
     """`kinds`: "rows" are tensors that depend on the input, "parts" tuples of them, "value" other
     things that depend on what is in it; "fixed" and "size" follow from the number of rows alone.
-    `seen`: what a node gave in each run, as `Shape` for tensors."""
+    `seen`: what a node gave in each run, as `Shape` for tensors. `writes`: of each node that writes
+    into a tensor that there is, the nodes that may share its memory."""
 
     module: fx.GraphModule
     how: str  # "torch.fx" or "torch.export"
@@ -78,6 +72,8 @@ class Graph:
     layers: tuple[Layer, ...]
     kinds: Mapping[fx.Node, Kind]
     seen: Mapping[fx.Node, Any]
+    writes: Mapping[fx.Node, Set[fx.Node]]
+    rows: Tensor  # a few, to hold the halves against the whole
 
     def shape(self, node: fx.Node) -> Shape:
         found = self.seen[node]
@@ -95,21 +91,24 @@ def trace(module: nn.Module, rows: Tensor) -> Graph:
         for how, follow in (("torch.fx", _by_fx), ("torch.export", _by_export)):
             try:
                 traced = follow(module, rows)
+                writes = settle(traced, some(rows, COUNTS[0]))
                 _same(module, traced, rows)
                 break
             except Exception as problem:  # anything can be wrong with somebody's model
-                problems.append(f"{how}: {_line(problem)}")
+                problems.append(f"{how}: {line(problem)}")
         else:
             raise TaskError(
                 f"the model's layers cannot be followed ({'; '.join(problems)})",
-                mend="Write its forward without branches on values, and x.shape[0] for len(x)",
+                mend="Write its forward without branches on values, x.shape[0] for len(x), and "
+                "nothing in place: h = h.relu() for h.relu_(), torch.where or cat for h[:, 0] = 0",
             )
         seen = _seen(traced, rows)
     (given,) = (n for n in traced.graph.nodes if n.op == "placeholder")
     output = next(n for n in traced.graph.nodes if n.op == "output").args[0]
     kinds = _kinds(traced, seen)
     layers = _layers(traced, kinds)
-    return Graph(traced, how, given, output, layers, kinds, seen)
+    few = some(rows, COUNTS[1])
+    return Graph(traced, how, given, output, layers, kinds, seen, writes, few)
 
 
 def some(rows: Tensor, count: int) -> Tensor:
@@ -129,7 +128,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def _line(problem: Exception) -> str:
+def line(problem: Exception) -> str:
+    """Its first line, and its kind."""
     said = (str(problem).strip().splitlines() or [""])[0][:120]
     return f"{type(problem).__name__}: {said}" if said else type(problem).__name__
 
@@ -142,7 +142,7 @@ def _answers(module: nn.Module, rows: Tensor) -> None:
     except Exception as problem:
         shape = "x".join(map(str, rows.shape[1:]))
         raise TaskError(
-            f"the model fails on rows of {shape} ({rows.dtype}): {_line(problem)}",
+            f"the model fails on rows of {shape} ({rows.dtype}): {line(problem)}",
             mend="Give the shape of one row, as in --input 3x224x224 or 20:int64",
         ) from None
     if not isinstance(one, Tensor) or one.shape[:1] != few.shape[:1]:
@@ -150,15 +150,20 @@ def _answers(module: nn.Module, rows: Tensor) -> None:
         raise TaskError(
             f"the model gives {got} for {len(few)} rows", mend="Return one tensor, a row for each"
         )
-    if _apart(one, other[: len(one)]) > _CLOSE:
+    if not close(one, other[: len(one)]):
         raise TaskError("a row's answer depends on the other rows beside it, or on chance")
 
 
 def _same(module: nn.Module, traced: fx.GraphModule, rows: Tensor) -> None:
     for count in COUNTS:
-        x = some(rows, count)
-        if _apart(traced(x), module(x)) > _CLOSE:
+        # Each gets rows of its own: what the one writes into them the other must not see.
+        if not close(traced(some(rows, count)), module(some(rows, count))):
             raise ValueError("the traced layers give something else than the model")
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Alike but for the order in which float32 is summed."""
+    return _apart(a, b) <= _CLOSE
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
@@ -187,6 +192,11 @@ def _by_fx(module: nn.Module, rows: Tensor) -> fx.GraphModule:
 def _by_export(module: nn.Module, rows: Tensor) -> fx.GraphModule:
     dynamic = ({0: torch.export.Dim("n")},)
     program = torch.export.export(module, (some(rows, COUNTS[-1]),), dynamic_shapes=dynamic)
+    if anew := _writes(program.graph_module):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls what it deprecates itself
+            # The same operations, but each gives a tensor of its own.
+            program = program.run_decompositions({torch.ops.aten.copy.default: _copy})
     found = program.module()
     assert isinstance(found, fx.GraphModule)
     graph = found.graph
@@ -194,10 +204,25 @@ def _by_export(module: nn.Module, rows: Tensor) -> fx.GraphModule:
     for node in reversed(graph.nodes):
         if any(word in str(node.target) for word in ("_guards_fn", "_assert")):
             graph.erase_node(node)
+        elif anew and called(node) == "copy_":
+            # At the end it writes into the input and the buffers, which no answer depends on.
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
         elif node.op == "output":
             (node.args,) = ((node.args[0][0],),)
     graph.eliminate_dead_code()
     return fx.GraphModule(found, graph)
+
+
+def _copy(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `into.copy_(values)` leaves there: torch's own has no derivative."""
+    return values.to(into).expand_as(into)
+
+
+def _writes(exported: fx.GraphModule) -> bool:
+    graphs = [m.graph for m in exported.modules() if isinstance(m, fx.GraphModule)]
+    schemas = [getattr(node.target, "_schema", None) for graph in graphs for node in graph.nodes]
+    return any(schema.is_mutable for schema in schemas if schema)
 
 
 class _Recorder(fx.Interpreter):
@@ -231,20 +256,6 @@ def _is_shape(found: Any) -> bool:
     return isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], torch.dtype)
 
 
-def called(node: fx.Node) -> str:
-    """The operation's name, whichever way it was traced: "reshape", "add"."""
-    if node.op == "call_function":
-        schema = getattr(node.target, "_schema", None)
-        name = schema.name if schema else getattr(node.target, "__name__", str(node.target))
-        return str(name).rpartition("::")[2]
-    return str(node.target)
-
-
-def free(node: fx.Node) -> bool:
-    """A view, or as good as one."""
-    return node.op in ("call_function", "call_method") and called(node) in _FREE
-
-
 def _kinds(traced: fx.GraphModule, seen: Mapping[fx.Node, Any]) -> dict[fx.Node, Kind]:
     out: dict[fx.Node, Kind] = {}
     for node in traced.graph.nodes:
@@ -253,27 +264,14 @@ def _kinds(traced: fx.GraphModule, seen: Mapping[fx.Node, Any]) -> dict[fx.Node,
             out[n] in ("rows", "parts", "value") for n in node.all_input_nodes
         )
         tensor = isinstance(found, Shape)
-        holds = not tensor and any(isinstance(p, Tensor) for p in _leaves(found[0]))
-        if depends and not tensor and not holds and _of_shape(node):
+        holds = not tensor and any(isinstance(p, Tensor) for p in leaves(found[0]))
+        if depends and not tensor and not holds and of_shape(node):
             depends = False
         if not depends:
             out[node] = "fixed" if tensor or holds else "size"
         else:
             out[node] = "rows" if tensor else "parts" if holds else "value"
     return out
-
-
-def _of_shape(node: fx.Node) -> bool:
-    name = called(node)
-    return name in _SIZES or (name == "getattr" and node.args[1] in _ATTRIBUTES)
-
-
-def _leaves(found: Any) -> Iterator[Any]:
-    if isinstance(found, list | tuple):
-        for part in found:
-            yield from _leaves(part)
-    else:
-        yield found
 
 
 def _layers(traced: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> tuple[Layer, ...]:

@@ -15,7 +15,8 @@ from torch import fx, nn
 from kitestring.core import Message, Rows, Tree
 from kitestring.errors import SettingError, TaskError
 from kitestring.exchange import wire
-from kitestring.partition.graph import COUNTS, Graph, free
+from kitestring.partition.graph import COUNTS, Graph, close, evaluating, line
+from kitestring.partition.nodes import free
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,31 @@ def halves(graph: Graph, cut: Cut | int) -> tuple[nn.Module, nn.Module]:
     What crosses is one tensor with rows in front, as a task's `front` and `back` have it: several
     of one dtype are laid side by side, [n, numbers]. Only where dtypes differ it is a tuple of
     tensors. The halves share the model's modules and weights; both compute what does not depend on
-    the input. Raises `TaskError` where the model cannot be cut."""
+    the input, and neither writes into what it is given. Both are run on a few rows first: what
+    gives something else than the model is not handed out. Raises `TaskError` where the model cannot
+    be cut."""
     if isinstance(cut, int):
         if not 0 <= cut <= len(graph.layers):
             raise SettingError(f"cut {cut}", mend=f"Give 0 to {len(graph.layers)}")
         cut = _cut(graph, cut)
     if cut.why:
         raise TaskError(f"no cut {cut.name}: {cut.why}")
-    if not cut.alive:
-        return fx.GraphModule(graph.module, _whole(graph)), nn.Identity()
-    return _front(graph, cut), _back(graph, cut)
+    front, back = _front(graph, cut), _back(graph, cut) if cut.alive else nn.Identity()
+    _hold(graph, cut, front, back)
+    return front, back
+
+
+def _hold(graph: Graph, cut: Cut, front: nn.Module, back: nn.Module) -> None:
+    """Refuse halves that give something else than the model."""
+    x = graph.rows.to(next(graph.module.parameters(), graph.rows).device)
+    with evaluating(graph.module), torch.no_grad():
+        try:
+            same = close(back(front(x.clone())), graph.module(x.clone()))
+            problem = "the halves give something else than the model"
+        except Exception as failed:  # anything can be wrong with somebody's model
+            same, problem = False, f"the halves fail: {line(failed)}"
+    if not same:
+        raise TaskError(f"no cut {cut.name}: {problem}", mend="Cut it elsewhere")
 
 
 def message(graph: Graph, cut: Cut) -> Message:
@@ -243,14 +259,6 @@ def _crossing(graph: Graph, group: Sequence[fx.Node]) -> tuple[tuple[int, ...], 
     return (sum(math.prod(s.row) for s in shapes),), shapes[0].dtype
 
 
-def _whole(graph: Graph) -> fx.Graph:
-    new = fx.Graph()
-    env: dict[fx.Node, Any] = {}
-    _copied(new, graph, _reach([graph.output], set()), env)
-    new.output(env[graph.output])
-    return new
-
-
 def _copied(new: fx.Graph, graph: Graph, nodes: Iterable[fx.Node], env: dict[fx.Node, Any]) -> None:
     """In the order in which they are computed."""
     wanted = set(nodes)
@@ -261,11 +269,23 @@ def _copied(new: fx.Graph, graph: Graph, nodes: Iterable[fx.Node], env: dict[fx.
 
 def _front(graph: Graph, cut: Cut) -> fx.GraphModule:
     new = fx.Graph()
-    env: dict[fx.Node, Any] = {}
+    given = new.node_copy(graph.input)
+    written = graph.input in _touched(graph, cut.front)
+    env: dict[fx.Node, Any] = {graph.input: _anew(new, given) if written else given}
     _copied(new, graph, cut.front, env)
-    out = [_packed(new, graph, group, env) for group in _groups(graph, cut.alive)]
+    groups = _groups(graph, cut.alive)
+    out = [_packed(new, graph, group, env) for group in groups] or [env[graph.output]]
     new.output(out[0] if len(out) == 1 else tuple(out))
     return fx.GraphModule(graph.module, new, "Front")
+
+
+def _touched(graph: Graph, side: Iterable[fx.Node]) -> set[fx.Node]:
+    """What operations of that side write into."""
+    return {node for writer in side for node in graph.writes.get(writer, ())}
+
+
+def _anew(new: fx.Graph, node: fx.Node) -> fx.Node:
+    return new.call_method("clone", (node,), {"memory_format": torch.contiguous_format})
 
 
 def _packed(
@@ -293,6 +313,8 @@ def _back(graph: Graph, cut: Cut) -> fx.GraphModule:
     env: dict[fx.Node, Any] = {}
     for leaf, group in zip(leaves, groups, strict=True):
         _unpacked(new, graph, leaf, group, env)
+    for node in _touched(graph, cut.back) & set(cut.alive):
+        env[node] = _anew(new, env[node])
     sizes = {n for b in cut.back for n in b.all_input_nodes if graph.kinds[n] == "size"}
     written = {n: _formula(graph.seen[n]) for n in graph.kinds if n in sizes}
     rows = new.call_method("size", (leaves[0], 0)) if _varies(tuple(written.values())) else None

@@ -12,7 +12,7 @@ from kitestring.errors import TaskError
 from kitestring.measure.modules import count
 from kitestring.partition.choose import Place
 from kitestring.partition.graph import Graph, some, trace
-from kitestring.partition.halves import Cut, cuts
+from kitestring.partition.halves import Cut, cuts, halves
 from kitestring.partition.timing import Times, measure
 
 
@@ -38,6 +38,10 @@ class Study:
 def study(module: nn.Module, rows: Tensor) -> Study:
     """`rows` [n, ...] are examples of the model's input. Raises `TaskError` (see `trace`)."""
     graph = trace(module, rows)
+    found = cuts(graph)
+    for at in {0, len(found) // 2, len(found) - 1}:
+        if not found[at].why:
+            halves(graph, found[at])  # refuses what gives something else than the model
     row = some(rows, 1)
     with torch.no_grad():
         operations = count(module, [row]).flops
@@ -47,7 +51,6 @@ def study(module: nn.Module, rows: Tensor) -> Study:
             mend="Products and convolutions are counted",
         )
     times = measure(graph, module, row)
-    found = cuts(graph)
     return Study(graph, times, operations, found, places(found, times, operations))
 
 
