@@ -176,6 +176,37 @@ def test_what_a_function_raises(here: Path) -> None:
         find(f"{path}:task")
 
 
+def test_nobody_is_sent_to_kitestring_s_or_python_s_files(here: Path) -> None:
+    """The last line of one's own, also where that calls the standard library; else no line."""
+    path = write(here, "mine_i.py", "import json, importlib\n"
+                 "def two(a): ...\n"
+                 "def late():\n    json.loads('{')\n"
+                 "def lazy():\n    importlib.import_module('gone_i')\n"
+                 "def ours():\n    from kitestring.units import number\n"
+                 "    number('a')\n")  # fmt: skip
+    for name, line in (("late", 4), ("lazy", 6), ("ours", 9)):
+        with told(TaskError, f"{name}() fails with", where=f"mine_i.py:{line}", mend="there"):
+            find(f"{path}:{name}")
+    with pytest.raises(TaskError, match="missing 1 required") as found:
+        find(f"{path}:two")
+    assert "modules.py" not in found.value.where
+    assert "find.py" not in found.value.where
+    assert found.value.mend == "Check the name, and what it needs"
+    with told(TaskError, "'package' argument is required", where=".mine_i"):
+        find(".mine_i:task")
+
+
+def test_an_installed_library_s_line_is_better_than_none(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where libraries are in a folder below Python's own."""
+    write(here, "lib_j.py", "\ndef task():\n    1 / 0\n")
+    paths = {"stdlib": str(here.parent), "purelib": str(here), "platlib": str(here)}
+    monkeypatch.setattr("sysconfig.get_path", paths.__getitem__)
+    with told(TaskError, "ZeroDivisionError", where="lib_j.py:3"):
+        find("lib_j:task")
+
+
 def test_names_in_a_file(here: Path) -> None:
     path = write(here, "mine_g.py", "import os\nfrom tiny import task as one\nmade = one()\n"
                  "def build(): return 3\nnumber = 4\n")  # fmt: skip

@@ -146,10 +146,22 @@ def test_it_is_hugging_face_s_llama(tied: bool, tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, "4 heads do not share 3"),
         ({"head_dim": 5}, "head_dim 5 is odd"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"hidden_size": "16", "head_dim": None}, "hidden_size is '16'.*a whole number"),
+        ({"num_hidden_layers": 2.0}, r"num_hidden_layers is 2\.0.*a whole number"),
+        ({"vocab_size": True}, "vocab_size is True.*a whole number"),
+        ({"vocab_size": None}, "no vocab_size in it"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'.*a number"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
+        ({"rope_theta": [1]}, r"rope_theta is \[1\]"),
+        ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta is '1'"),
+        ({"rope_scaling": "linear"}, "rotation is 'linear'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'.*true or false"),
     ],
 )
 def test_what_is_another_model_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(TaskError, match=said):
+    with pytest.raises(TaskError, match=f"config.json: .*{said}"):
         config_of({**FILE, **changes}, "config.json")
 
 
@@ -167,6 +179,20 @@ def test_a_folder_that_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(FILE))
     with pytest.raises(TaskError, match=r"no \*\.safetensors there"):
         checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(TaskError, match=r"model\.safetensors: cannot be read"):
+        checkpoint(tmp_path)
+
+
+def test_one_name_of_shared_memory_is_enough() -> None:
+    """And only of all of it: a view of a part is no other name for the whole."""
+    tied = nn.ModuleDict({"a": nn.Linear(3, 2, False), "b": nn.Linear(3, 2, False)})
+    tied["b"].weight = nn.Parameter(tied["a"].weight.data)
+    fill(tied, {"b.weight": torch.arange(6.0).reshape(2, 3)}, "w")
+    assert tied["a"].weight.tolist() == tied["b"].weight.tolist() == [[0, 1, 2], [3, 4, 5]]
+    tied["b"].weight = nn.Parameter(tied["a"].weight.data[:1])
+    with pytest.raises(TaskError, match=r"lacks a\.weight"):
+        fill(tied, {"b.weight": torch.zeros(1, 3)}, "w")
 
 
 def test_weights_that_do_not_fit_are_named() -> None:

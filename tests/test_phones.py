@@ -121,6 +121,78 @@ def test_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
     assert json.loads(kept) == {"inputs": {"left": {"low": 0, "high": 7}}}, "as they were drawn"
 
 
+class Shifted(nn.Module):
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        x = x if scale is None else x * scale
+        return x if shift is None else x + shift
+
+
+def test_inputs_called_like_arguments_are_those_arguments(tmp_path: Path) -> None:
+    """In whatever order they are given, and though one between them is left out."""
+    import onnxruntime
+
+    class Minus(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x - 2 * y
+
+    one, ten = np.float32([[1, 1]]), np.float32([[10, 10]])
+    for module, other, wanted in ((Minus(), "y", -19), (Shifted(), "shift", 11)):
+        inputs = [Input(other, (2,)), Input("x", (2,))]
+        export = to_onnx(module, inputs, tmp_path / "m.onnx")
+        assert [i.name for i in export.inputs] == ["x", other], "in the order of arguments"
+        session = onnxruntime.InferenceSession(export.path, providers=["CPUExecutionProvider"])
+        assert session.run(None, {"x": one, other: ten})[0].tolist() == [[wanted, wanted]]
+
+
+def test_an_argument_that_goes_by_position_needs_those_before_it(tmp_path: Path) -> None:
+    class Position(nn.Module):
+        def forward(self, x: Tensor, a: Any = None, b: Any = None, /) -> Tensor:
+            return x
+
+    with pytest.raises(SettingError, match="b goes by position, and a before it is left out"):
+        to_onnx(Position(), [Input("x", (2,)), Input("b", (2,))], tmp_path / "m.onnx")
+
+
+class Changing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return x.relu_()
+
+
+def test_a_module_that_changes_its_input_is_checked_on_what_was_drawn(tmp_path: Path) -> None:
+    given = [Input("x", (3,))]
+    export = to_onnx(Changing(), given, tmp_path / "m.onnx")
+    for kept, fresh, wanted in zip(export.cases, checked.drawn(given), export.wanted, strict=True):
+        assert np.array_equal(kept["x"], fresh["x"])
+        assert np.array_equal(wanted["out"], np.maximum(kept["x"] - np.float32(0.5), 0))
+
+
+def test_executorch_refuses_a_module_that_changes_its_input(tmp_path: Path) -> None:
+    """Its program would return the changed input before the outputs."""
+    pytest.importorskip("executorch")
+    from kitestring.export.executorch import to_executorch
+
+    with pytest.raises(ExportError, match=r"changes its input x, .*x\.clone\(\)"):
+        to_executorch(Changing(), [Input("x", (3,))], tmp_path / "m.pte")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Counting(nn.Module):
+    """Gives its own memory, which the next call changes."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return x, self.calls
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
     """The translation as if it were wrong: a bias is off."""
     true = onnx_file._stripped
@@ -203,6 +275,15 @@ class Function(nn.Module):
         return self.function(x)
 
 
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"0.w": x * self.w}
+
+
 def within(module: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Identity(), module))
 
@@ -218,6 +299,14 @@ def within(module: nn.Module) -> nn.Module:
         (Function(torch.log), r"not finite on drawn inputs.*--input 8:float32:1"),
         (Function(lambda x: torch.fft.rfft(x)), "is complex"),
         (Function(lambda x: {"a": None}), "an output is NoneType, not a tensor"),
+        (Function(lambda x: x.bfloat16()), r"output out is bfloat16.*\.float\(\)"),
+        (Function(lambda x: x.to_sparse()), "output out is sparse_coo"),
+        (Function(lambda x: ()), "the module returns nothing"),
+        (Function(lambda x: {"x": x + 1}), "an input and an output are both called x"),
+        (nn.Sequential(Keyed()), "a weight and an output are both called 0.w"),
+        (Function(lambda x: {"a.b": x, "a": {"b": -x}}), "two outputs would have the same name"),
+        (Function(lambda x: (x,) * min(len(x), 2)), "outputs are others from call to call"),
+        (Counting(), "output out1 is another one each time"),
         (nn.Linear(5, 2), r"fails on x float32 \[1, 4\]: RuntimeError: mat1 and mat2"),
     ],
     ids=lambda p: "" if isinstance(p, str) else type(p).__name__,
@@ -293,6 +382,39 @@ def test_drawn_inputs_keep_to_their_ranges_and_are_the_same_each_time() -> None:
     assert whole["x"].min() < 0 < whole["x"].max()
     again = checked.drawn(inputs)
     assert all(np.array_equal(a[k], b[k]) for a, b in zip(cases, again, strict=True) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "below", "most"),
+    [
+        ("int8", 129, "128, and a whole number"),
+        ("uint8", 257, "256, and a whole number"),
+        ("int64", 0, "9223372036854775808, and"),
+        ("int64", 0.5, "9223372036854775808, and"),
+        ("int32", 2.5, "2147483648, and"),
+        ("bool", 3, "2, and"),
+        ("float16", 7e4, "65504"),
+        ("float32", 0, "3.40282e+38"),
+    ],
+)
+def test_a_bound_that_the_type_cannot_hold_is_refused(dtype: str, below: float, most: str) -> None:
+    with pytest.raises(SettingError) as found:
+        Input("x", (4,), dtype, below)
+    assert str(found.value).startswith(f"input x: {dtype} values below {below:g} cannot be drawn")
+    assert f"at most {most}" in found.value.mend
+
+
+def test_all_that_a_type_holds_can_be_drawn() -> None:
+    """Its largest number is one below the bound; half of 4 bits are ones."""
+    for dtype, below in (("int8", 128), ("uint8", 256), ("int64", 2**63), ("bool", 2)):
+        (case, *_) = checked.drawn([Input("x", (4000,), dtype, below)])
+        assert case["x"].min() >= 0
+        assert case["x"].max() > 0.99 * (below - 1)
+
+
+def test_a_model_without_inputs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="no inputs, so the outputs would never change"):
+        to_onnx(Function(lambda: torch.ones(3)), [], tmp_path / "m.onnx")  # type: ignore[misc, arg-type]
 
 
 def test_nothing_half_written_gets_the_name(tmp_path: Path) -> None:

@@ -36,12 +36,27 @@ _CHILD = "import sys; from kitestring.export.checked import child; child(*sys.ar
 class Input:
     """One row of an input: `shape` without the rows. Whole numbers are drawn from 0 to under
     `below` (the type's range for uint8, else 0 and 1); floats from a standard normal distribution,
-    or evenly from 0 to `below`."""
+    or evenly from 0 to `below`. Raises `SettingError` for a bound that the type cannot hold."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
     below: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.below is None:
+            return
+        dtype = np.dtype(self.dtype)
+        if dtype.kind == "f":
+            highest = float(np.finfo(dtype).max)
+            fine, most = 0 < self.below <= highest, f"{highest:g}"
+        else:
+            largest = 1 if dtype.kind == "b" else int(np.iinfo(dtype).max)
+            fine = float(self.below).is_integer() and 1 <= self.below <= largest + 1
+            most = f"{largest + 1}, and a whole number"
+        if not fine:
+            what = f"{self.dtype} values below {self.below:g} cannot be drawn"
+            raise SettingError(what, f"input {self.name}", f"Give more than 0, at most {most}")
 
     @property
     def high(self) -> float | None:
@@ -66,10 +81,11 @@ def drawn(inputs: Sequence[Input], most: int = MOST, seed: int = 0) -> list[dict
 
 def _draw(one: Input, rows: int, rng: np.random.Generator) -> Array:
     shape, dtype = (rows, *one.shape), np.dtype(one.dtype)
+    if one.high is None:
+        return np.asarray(rng.normal(size=shape), dtype)
     if dtype.kind == "f":
-        values = rng.normal(size=shape) if one.below is None else rng.uniform(0, one.below, shape)
-        return np.asarray(values, dtype)
-    return np.asarray(rng.integers(0, int(one.high or 2), shape), dtype)
+        return np.asarray(rng.uniform(0, one.high, shape), dtype)
+    return np.asarray(rng.integers(0, int(one.high), shape), dtype)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kitestring.errors import SettingError
+from kitestring.errors import SettingError, unknown
 from kitestring.export.checked import MOST, Export, Input, unproven
 from kitestring.extras import need
 from kitestring.units import size
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 ENDING = {"onnx": ".onnx", "executorch": ".pte", "gguf": ".gguf"}
-_INPUT = re.compile(r"(?:(\w+)=)?(\d+(?:x\d+)*)(?::([a-z]+\d*)(?::(\d+(?:\.\d+)?))?)?")
+_TYPE = r":([a-z]+\d*)(?::(\d+(?:\.\d+)?))?"
+_INPUT = re.compile(rf"(?:\w+=)?(?:(\d+(?:x\d+)*)(?:{_TYPE})?|{_TYPE})")
 _DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _SIZES = ("small", "large")
+_NAMED = "Write forward with one argument for each input: def forward(self, x, mask)"
 _KEPT = 2  # golden cases in the file for the app's own test
 
 
@@ -40,8 +42,8 @@ def add(commands: Any) -> None:
     export.add_argument("--to", choices=tuple(ENDING), default="onnx", help="the format (onnx)")
     export.add_argument(
         "--input", action="append", default=[], metavar="SHAPE",
-        help="of one row, for each of forward's arguments: 1x28x28, 20:int64:1000 (numbers below "
-        "1000), or mask=20:float32",
+        help="of one row, for each of forward's arguments in their order, or by its name: 1x28x28, "
+        "20:int64:1000 (numbers below 1000), mask=20:float32, label=:int64:5 (one number a row)",
     )  # fmt: skip
     export.add_argument("--weights", type=Path, metavar="FILE", help="a .safetensors file of them")
     export.add_argument("--out", type=Path, metavar="FILE", help="(the model's name)")
@@ -67,9 +69,7 @@ def run(given: argparse.Namespace, command: str) -> None:
     _belongs(given)
     title = given.model.replace(":", "-") if _built_in(given.model) else given.model.split(":")[-1]
     path = given.out or Path(title + ENDING[given.to])
-    for file in (path, given.golden):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise SettingError("there is no such folder", str(file.parent), "Make it first")
+    _writable(given, path)
     module, inputs, note = _model(given)
     if given.weights is not None:
         from kitestring.tasks.llama import load
@@ -77,7 +77,7 @@ def run(given: argparse.Namespace, command: str) -> None:
         load(module, given.weights)
         note = ""
     export = _exported(given, module, inputs, path)
-    print("\n".join([*_told(export), *([note] if note else [])]))
+    print("\n".join([*_told(export, given.to), *([note] if note else [])]))
     if given.golden is not None:
         _keep(export, given.golden)
         print(f"{given.golden}: drawn inputs and what torch gives, for the app's own test")
@@ -89,6 +89,28 @@ def _belongs(given: argparse.Namespace) -> None:
             raise SettingError(f"--{name} belongs to --to {target}")
     if given.to == "gguf" and given.input:
         raise SettingError("--input is not for gguf: a language model takes tokens")
+
+
+def _writable(given: argparse.Namespace, path: Path) -> None:
+    """Refuse before the work what would be lost or could not be written after it."""
+    taken = {}
+    for option in ("weights", "vocabulary"):
+        file = getattr(given, option)
+        if file is not None:
+            taken[file.resolve()] = f"--{option}"
+    if given.model.rpartition(":")[0].endswith(".py"):
+        taken[Path(given.model.rpartition(":")[0]).resolve()] = "MODEL"
+    for option, file in (("--out", path), ("--golden", given.golden)):
+        if file is None:
+            continue
+        if file.is_dir():
+            raise SettingError(f"{option} is a folder", str(file), "Name a file in it")
+        if not file.absolute().parent.is_dir():
+            raise SettingError("there is no such folder", str(file.parent), "Make it first")
+        other = taken.setdefault(file.resolve(), option)
+        if other != option:
+            what = f"{other} and {option} are the same file, and one would be lost"
+            raise SettingError(what, str(file), f"Give {option} another name")
 
 
 def _exported(
@@ -141,7 +163,7 @@ def _model(given: argparse.Namespace) -> tuple[nn.Module, list[Input], str]:
     if task in BUILT_IN and "." not in which:
         mend = f"Choose one of them, as {task}:small"
         raise SettingError(f"the task {task} has two models, small and large", mend=mend)
-    if ":" not in given.model:
+    if not all(given.model.rpartition(":")):
         mend = "Name the module in it, as in my_model.py:Net, or a task's, as digits:small"
         raise SettingError(f"no model named in {given.model!r}", mend=mend)
     module = made(source(given.model), given.model)
@@ -149,34 +171,50 @@ def _model(given: argparse.Namespace) -> tuple[nn.Module, list[Input], str]:
 
 
 def _inputs(given: argparse.Namespace, module: nn.Module) -> list[Input]:
+    """Those that are asked for; one without a name is forward's next argument."""
     if given.to == "gguf":
         return []
-    parameters = [
-        p for p in inspect.signature(module.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
-    needed = [p.name for p in parameters if p.default is p.empty]
-    asked = [p.name for p in parameters]
-    if not len(needed) <= len(given.input) <= len(asked):
-        raise SettingError(
-            f"{len(given.input)} inputs given, and forward takes {', '.join(needed) or 'none'}",
-            given.model,
-            "Give the shape of one row of each: --input 1x28x28, or --input 20:int64:1000",
-        )
-    found = [_input(text, name) for text, name in zip(given.input, asked, strict=False)]
-    if len({i.name for i in found}) < len(found):
+    from kitestring.export.forward import arguments
+
+    known = arguments(module)
+    names = [text.rpartition("=")[0] for text in given.input]
+    for name in names:
+        if name and name not in known:
+            wrong = unknown("argument of forward", name, known)
+            raise SettingError(wrong.what, given.model, wrong.mend if known else _NAMED)
+    free = (k for k, p in known.items() if p.kind is not p.KEYWORD_ONLY and k not in names)
+    names = [name or next(free, "") for name in names]
+    if "" not in names and len({*names}) < len(names):
         raise SettingError("two inputs have the same name", given.model)
-    return [_bounded(i, module) for i in found]
+    needed = [k for k, p in known.items() if p.default is p.empty]
+    if not names or "" in names or not {*needed} <= {*names}:
+        raise _otherwise(given, module, needed or [*known])
+    found = [_input(text, name) for text, name in zip(given.input, names, strict=True)]
+    return [_bounded(one, module) for one in found]
+
+
+def _otherwise(given: argparse.Namespace, module: nn.Module, names: Sequence[str]) -> SettingError:
+    """The inputs are not those that forward takes."""
+    taken = inspect.signature(module.forward).parameters.values()
+    stars = [f"{p} without a name" for p in taken if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    count = f"{len(given.input)} input{'' if len(given.input) == 1 else 's'} given"
+    what = f"{count}, and forward takes {', '.join([*names, *stars]) or 'none'}"
+    mend = "Give the shape of one row of each: --input 1x28x28, or --input 20:int64:1000"
+    return SettingError(what, given.model, mend if names and not stars else _NAMED)
 
 
 def _input(text: str, name: str) -> Input:
     parts = _INPUT.fullmatch(text)
-    dtype = (parts and parts[3]) or "float32"
-    if parts is None or dtype not in _DTYPES:
-        mend = f"Write 1x28x28, 20:int64:1000 or mask=20:float32; types: {', '.join(_DTYPES)}"
+    dtype, below = (parts[2] or parts[4], parts[3] or parts[5]) if parts else (None, None)
+    dtype = dtype or "float32"
+    shape = tuple(map(int, parts[1].split("x"))) if parts and parts[1] else ()
+    if parts is None or dtype not in _DTYPES or 0 in shape:
+        mend = (
+            "Write 1x28x28, 20:int64:1000, mask=20:float32, or :int64 for one number a row; types: "
+            f"{', '.join(_DTYPES)}"
+        )
         raise SettingError(f"--input {text!r} is no shape", mend=mend)
-    shape = tuple(map(int, parts[2].split("x")))
-    return Input(parts[1] or name, shape, dtype, float(parts[4]) if parts[4] else None)
+    return Input(name, shape, dtype, float(below) if below else None)
 
 
 def _bounded(one: Input, module: nn.Module) -> Input:
@@ -199,16 +237,18 @@ def _vocabulary(file: Path) -> list[str | None]:
     return found
 
 
-def _told(export: Export) -> list[str]:
-    outputs = [
-        f"{name} {a.dtype} [{', '.join(map(str, ('rows', *a.shape[1:])))}]"
-        for name, a in export.wanted[-1].items()
-    ]
-    rows = [str(len(next(iter(case.values())))) for case in export.cases]
-    if export.path.suffix == ENDING["gguf"]:
+def _told(export: Export, to: str) -> list[str]:
+    outputs, notes = [], list(export.notes)
+    if to == "gguf":
         outputs, given = ["logits of the next token"], "tokens"
     else:
-        given = f"inputs of {', '.join(rows[:-1])} and {rows[-1]} rows"
+        count = [len(next(iter(case.values()))) for case in export.cases]
+        for name, a in export.wanted[-1].items():
+            shapes = [case[name].shape for case in export.wanted]
+            outputs.append(f"{name} {a.dtype} {_axes(shapes, count)}")
+            if len({*shapes}) == 1:
+                notes.append(f"{name} has no axis of rows: it is one answer for all rows together")
+        given = f"inputs of {', '.join(map(str, count[:-1]))} and {count[-1]} rows"
     lines = [f"{export.path}: {size(export.path.stat().st_size)}"]
     lines += [f"  in   {one}" for one in export.inputs]
     lines += [f"  out  {one}" for one in outputs]
@@ -219,7 +259,25 @@ def _told(export: Export) -> list[str]:
             f"  {check.runtime}: {worst.output} is off by {worst.error:.1e} at most, "
             f"{worst.share:.1e} of its largest value (allowed {check.tolerance:g})"
         )
-    return lines + [f"  {note}" for note in export.notes]
+    return lines + [f"  {note}" for note in notes]
+
+
+def _axes(shapes: Sequence[tuple[int, ...]], count: Sequence[int]) -> str:
+    """An output's shape, of its shapes with so many rows."""
+    if len({*map(len, shapes)}) > 1:
+        each = zip(shapes, count, strict=True)
+        return ", ".join(f"{list(s)} of {n} row{'s' if n > 1 else ''}" for s, n in each)
+    return f"[{', '.join(_axis(sizes, count) for sizes in zip(*shapes, strict=True))}]"
+
+
+def _axis(sizes: Sequence[int], count: Sequence[int]) -> str:
+    if len({*sizes}) == 1:
+        return str(sizes[0])
+    each = (sizes[1] - sizes[0]) // (count[1] - count[0])
+    more = sizes[0] - each * count[0]
+    if any(size != each * n + more for size, n in zip(sizes, count, strict=True)):
+        return " or ".join(map(str, sizes))
+    return ("rows" if each == 1 else f"{each} rows") + (f" {more:+d}" if more else "")
 
 
 def _keep(export: Export, file: Path) -> None:

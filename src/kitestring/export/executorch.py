@@ -38,7 +38,8 @@ def to_executorch(
 ) -> Export:
     """Write `module` and its weights to `path`, as it predicts, for 1 to `most` rows at a time.
 
-    Inputs and outputs are by position, forward's arguments and what it returns in their order.
+    Inputs and outputs are by position, forward's arguments and what it returns in their order; an
+    argument that `inputs` do not name is left out.
 
     Raises `ExportError` in one line for what ExecuTorch lacks and for an export that disagrees with
     torch, `SettingError` where it cannot be checked or written."""
@@ -50,6 +51,7 @@ def to_executorch(
     from kitestring.export import forward
 
     where, runtime = str(path), f"ExecuTorch {version('executorch')}, XNNPACK"
+    inputs = forward.arranged(module, inputs, where)
     cases = drawn(inputs, most)
     wanted = forward.answers(module, cases, where)
     # Lowering asks, say, whether there are 16 rows or more (convolutions do), and takes the answer
@@ -84,10 +86,16 @@ def _lowered(program: Any, where: str) -> tuple[bytes, int, int]:
                 # would find is found when the program is run.
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
-            calls = [n for n in lowered.exported_program().graph.nodes if n.op == "call_function"]
+            lower = lowered.exported_program()
+            calls = [n for n in lower.graph.nodes if n.op == "call_function"]
+            changed = sorted(lower.graph_signature.user_inputs_to_mutate.values())
             model = bytes(lowered.to_executorch().buffer)
         except Exception as problem:
             raise _untranslated(problem, program, where) from None
+    if changed:
+        what = f"the module changes its input {changed[0]}, which ExecuTorch would return as well"
+        mend = "Change a copy, x.clone(), and let no first layer have inplace=True"
+        raise ExportError(what, where, mend)
     parts = sum("executorch_call_delegate" in str(n.target) for n in calls)
     beside = sum(hasattr(n.target, "_schema") for n in calls)
     return model, parts, beside

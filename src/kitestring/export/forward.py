@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import re
 import traceback
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from kitestring.core import Array
-from kitestring.errors import ExportError
+from kitestring.errors import ExportError, SettingError
 from kitestring.export.checked import Case, Input
 from kitestring.export.instead import OTHERWISE, instead
 
@@ -54,8 +55,42 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def tensors(case: Case) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(a) for a in case.values())
+def arguments(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Forward's arguments that have a name, in their order."""
+    found = inspect.signature(module.forward).parameters
+    return {k: p for k, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def arranged(module: nn.Module, inputs: Sequence[Input], where: str) -> list[Input]:
+    """In the order of forward's arguments where all names are theirs; else they go by position."""
+    if not inputs:
+        mend = "Let forward take rows, and give the shape of one: --input 1x28x28"
+        raise SettingError("no inputs, so the outputs would never change", where, mend)
+    known = arguments(module)
+    if not {i.name for i in inputs} <= known.keys():
+        return list(inputs)
+    order = list(known)
+    found = sorted(inputs, key=lambda i: order.index(i.name))
+    for one, expected in zip(found, order, strict=False):
+        if one.name != expected and known[one.name].kind is inspect.Parameter.POSITIONAL_ONLY:
+            what = f"{one.name} goes by position, and {expected} before it is left out"
+            raise SettingError(what, where, f"Give {expected} too")
+    return found
+
+
+def given(module: nn.Module, case: Case) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional and named arguments of a call, of inputs that were `arranged`. Copies: a module
+    may change what it is given."""
+    tensors = {name: torch.from_numpy(a.copy()) for name, a in case.items()}
+    known = arguments(module)
+    if not tensors.keys() <= known.keys():
+        return tuple(tensors.values()), {}
+    fit = 0  # as many as are not behind one that is left out
+    for name, wanted in zip(tensors, known.values(), strict=False):
+        if name != wanted.name or wanted.kind is wanted.KEYWORD_ONLY:
+            break
+        fit += 1
+    return tuple(tensors.values())[:fit], dict(list(tensors.items())[fit:])
 
 
 def named(outputs: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -69,38 +104,64 @@ def named(outputs: Any, prefix: str = "") -> dict[str, Tensor]:
     else:
         what = f"an output is {type(outputs).__name__}, not a tensor"
         raise ExportError(what, prefix, "Return tensors, or a tuple, list or dict of them")
-    return {name: t for key, value in parts.items() for name, t in named(value, key).items()}
+    below = [named(value, key) for key, value in parts.items()]
+    found = {name: t for part in below for name, t in part.items()}
+    if len(parts) < len(outputs) or len(found) < sum(map(len, below)):
+        raise ExportError("two outputs would have the same name", prefix, "Give one another key")
+    return found
 
 
 def answers(module: nn.Module, cases: Sequence[Case], where: str) -> list[dict[str, Array]]:
     """What the module gives for each case: numbers that are finite, and the same when asked again.
 
     Raises `ExportError` where it fails on its inputs, or an export could not be held against it."""
-    found = []
+    found: list[dict[str, Array]] = []
     with predicting(module):
         for case in cases:
             try:
-                twice = [named(module(*tensors(case))) for _ in range(2)]
+                twice = [_once(module, case) for _ in range(2)]
             except ExportError as problem:
                 raise ExportError(problem.what, where, problem.mend) from None
             except Exception as problem:
                 shapes = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in case.items())
                 what = f"the module fails on {shapes}: {_said(problem)}"
                 raise ExportError(what, _line(problem) or where, _TAKES) from None
+            names = list(found[0] if found else twice[0])
+            if any(list(one) != names for one in twice):
+                mend = "Return the same outputs each time, for any number of rows"
+                raise ExportError("its outputs are others from call to call", where, mend)
             for name, one in twice[0].items():
                 _usable(name, one, twice[1][name], where)
-            found.append({k: v.numpy().copy() for k, v in twice[0].items()})
+            found.append(twice[0])
     return found
 
 
-def _usable(name: str, one: Tensor, other: Tensor, where: str) -> None:
-    if one.is_complex():
+def _once(module: nn.Module, case: Case) -> dict[str, Array]:
+    args, kwargs = given(module, case)
+    outputs = named(module(*args, **kwargs))
+    if not outputs:
+        raise ExportError("the module returns nothing", mend="Return tensors")
+    return {name: _array(name, t) for name, t in outputs.items()}
+
+
+def _array(name: str, t: Tensor) -> Array:
+    """A copy: the module may return memory of its own, and change it when it is called again."""
+    if t.is_complex():
         mend = "Return torch.view_as_real of it"
-        raise ExportError(f"output {name} is complex, which no target has", where, mend)
-    if not bool(torch.isfinite(one).all()):
+        raise ExportError(f"output {name} is complex, which no target has", mend=mend)
+    try:
+        return t.detach().numpy().copy()
+    except (TypeError, RuntimeError):
+        kind = str(t.dtype if t.layout == torch.strided else t.layout).removeprefix("torch.")
+        what = f"output {name} is {kind}, which cannot be held against a runtime"
+        raise ExportError(what, mend="Return it dense and as float32: .float()") from None
+
+
+def _usable(name: str, one: Array, other: Array, where: str) -> None:
+    if not np.isfinite(one).all():
         mend = "Draw inputs from a range that it takes: --input 8:float32:1 draws from 0 to 1"
         raise ExportError(f"output {name} is not finite on drawn inputs", where, mend)
-    if not torch.equal(one, other):
+    if not np.array_equal(one, other):
         mend = "Draw outside the model and give it the numbers as an input"
         raise ExportError(f"output {name} is another one each time", where, mend)
 
@@ -112,25 +173,28 @@ def traced(
 
     Raises `ExportError` for a branch on values, a fixed number of rows, or what torch cannot trace;
     it says where in the module."""
-    given = [np.zeros((rows, *i.shape), i.dtype) for i in inputs]
-    args = tensors({i.name: a for i, a in zip(inputs, given, strict=True)})
+    args, kwargs = given(module, {i.name: np.zeros((rows, *i.shape), i.dtype) for i in inputs})
     dim = Dim("rows", max=most) if most else Dim("rows")
-    shapes = tuple({0: dim} for _ in args)
+    call: dict[str, Any] = {
+        "args": args,
+        "kwargs": kwargs,
+        "dynamic_shapes": tuple({0: dim} for _ in inputs),
+    }
     with predicting(module), quiet():
         try:
-            return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(module, **call, strict=False)
         except Exception as problem:
-            raise _untraceable(problem, module, args, shapes, where) from None
+            raise _untraceable(problem, module, call, where) from None
 
 
 def _untraceable(
-    problem: Exception, module: nn.Module, args: Any, shapes: Any, where: str
+    problem: Exception, module: nn.Module, call: Mapping[str, Any], where: str
 ) -> ExportError:
     said = str(problem)
     place = _place(problem, module)
     if "specialized it to be a constant" in said or "Constraints violated" in said:
         try:  # this way of tracing says in which line
-            torch.export.export(module, args, dynamic_shapes=shapes, strict=True)
+            torch.export.export(module, **call, strict=True)
         except Exception as again:
             lines = re.findall(r'File "([^"]+)", line (\d+)', str(again))
             own = [f"{file}:{line}" for file, line in lines if "/torch/" not in file]

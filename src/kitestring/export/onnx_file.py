@@ -41,9 +41,9 @@ _TRACED = 3  # rows; any number above 1 is as good
 def to_onnx(module: nn.Module, inputs: Sequence[Input], path: Path) -> Export:
     """Write `module` and its weights to `path`, as it predicts.
 
-    Inputs keep the names of `inputs`, which are forward's arguments in their order; outputs are
-    called `out`, `out0`, `out1`, or by their keys. The first axis of each input is the rows. The
-    metadata say from which range inputs were drawn.
+    Inputs keep the names of `inputs`: forward's arguments, or else names for them in their order.
+    Outputs are called `out`, `out0`, `out1`, or by their keys. The first axis of each input is the
+    rows. The metadata say from which range inputs were drawn.
 
     Raises `ExportError` in one line for what ONNX lacks and for an export that disagrees with
     torch, `SettingError` where it cannot be checked or written."""
@@ -55,8 +55,13 @@ def to_onnx(module: nn.Module, inputs: Sequence[Input], path: Path) -> Export:
     if size > _TWO_GB:
         what = f"{size / 1e9:.1f} GB of weights do not fit into one ONNX file (2 GB)"
         raise ExportError(what, where, "Make the model smaller, or export a language model to gguf")
+    inputs = forward.arranged(module, inputs, where)
     cases = drawn(inputs)
     wanted = forward.answers(module, cases, where)
+    kinds = dict.fromkeys(module.state_dict(), "a weight") | {i.name: "an input" for i in inputs}
+    for name in kinds.keys() & wanted[0].keys():
+        what = f"{kinds[name]} and an output are both called {name}, and ONNX has one name for one"
+        raise ExportError(what, where, f"Return it under another key, as {name}_out")
     program = forward.traced(module, inputs, where, _TRACED)
     model = _translated(program, inputs, list(wanted[0]), where)
     places = _stripped(model)

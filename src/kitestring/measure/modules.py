@@ -32,10 +32,10 @@ def source(name: str) -> Any:
 def made(found: Any, name: str) -> nn.Module:
     """A module of its own, as it predicts: its weights are counted as its memory."""
     if not isinstance(found, nn.Module) and callable(found):
-        with named.told("it fails"):
+        with named.told("it fails", name):
             found = found()
     elif isinstance(found, nn.Module):
-        with named.told("it cannot be copied"):
+        with named.told("it cannot be copied", name):
             found = copy.deepcopy(found)
     if not isinstance(found, nn.Module):
         mend = "Name a torch.nn.Module, or a function without arguments that makes one"

@@ -73,7 +73,7 @@ def _called(found: Any, module: ModuleType, attribute: str, name: str) -> Task |
     if not hasattr(module, attribute):
         raise _no_such_name(module, attribute)
     if callable(found):
-        with named.told(f"{attribute}() fails"):
+        with named.told(f"{attribute}() fails", name):
             found = found()
     if not isinstance(found, Task | Recorded):
         kind = found.__name__ if isinstance(found, ModuleType) else type(found).__name__

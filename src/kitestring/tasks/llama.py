@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -43,9 +43,7 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "tie_word_embeddings" and not value > 0:
-                raise TaskError(f"{field.name} is {value}", "Llama", "Give more than 0")
+            _fine(field.name, getattr(self, field.name), str(field.type))
         if self.num_attention_heads % self.num_key_value_heads:
             raise TaskError(
                 f"{self.num_attention_heads} heads do not share {self.num_key_value_heads} heads "
@@ -55,6 +53,16 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise TaskError(f"head_dim {self.head_dim} is odd", "Llama", "Rotation needs pairs")
+
+
+def _fine(name: str, value: Any, kind: str = "int") -> None:
+    """Raises TaskError for what is no bool, count or positive number, as `kind` wants it."""
+    kinds = {"bool": bool, "int": int, "float": int | float}
+    if not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind == "bool"):
+        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
+        raise TaskError(f"{name} is {value!r}", "Llama", f"Give {wanted}")
+    if kind != "bool" and not 0 < value < math.inf:
+        raise TaskError(f"{name} is {value}", "Llama", "Give more than 0")
 
 
 class RMSNorm(nn.Module):
@@ -185,8 +193,6 @@ def checkpoint(folder: str | Path) -> Llama:
 
     Raises TaskError in one line for what this model does not have (scaled rotation, biases,
     another activation, sliding windows) and for parameters that are missing or left over."""
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     model = Llama(config_of(_settings(folder / "config.json"), str(folder)))
     files = sorted(folder.glob("*.safetensors"))
@@ -194,7 +200,7 @@ def checkpoint(folder: str | Path) -> Llama:
         raise TaskError("no *.safetensors there", str(folder), "Save the model with safetensors")
     found: dict[str, Tensor] = {}
     for file in files:
-        found |= load_file(file)
+        found |= _read(file)
     if model.lm_head is None:
         found.pop("lm_head.weight", None)  # the embedding once more
     fill(model, found, str(folder))
@@ -203,20 +209,28 @@ def checkpoint(folder: str | Path) -> Llama:
 
 def load(module: nn.Module, file: Path) -> None:
     """Load all of a module's parameters from a .safetensors file. Raises TaskError in one line."""
+    fill(module, _read(file), str(file))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError) as problem:
         said = f"cannot be read: {str(problem).splitlines()[0]}"
         raise TaskError(said, str(file), "Write it with safetensors") from None
-    fill(module, weights, str(file))
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load all of a module's parameters by name; TaskError names the first that do not fit."""
+    """Load all of a module's parameters by name; TaskError names the first that do not fit.
+
+    Of parameters that are the same memory, one name is enough: files are written so."""
     wanted = module.state_dict()
+    same = {_memory(wanted[name]): t for name, t in weights.items() if name in wanted}
+    shared = {name: same[_memory(t)] for name, t in wanted.items() if _memory(t) in same}
+    weights = {**shared, **weights}
     for names, what in ((wanted.keys() - weights.keys(), "lacks"),
                         (weights.keys() - wanted.keys(), "has, unlike the model,")):  # fmt: skip
         if names:
@@ -227,6 +241,11 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
             what = f"{name} is {list(weights[name].shape)}, of the model {list(tensor.shape)}"
             raise TaskError(what, where, "Give weights of this very model")
     module.load_state_dict({k: v.to(wanted[k].dtype) for k, v in weights.items()})
+
+
+def _memory(t: Tensor) -> Hashable:
+    """Equal for tensors that are the same numbers at the same place."""
+    return t.device, t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()
 
 
 def _settings(file: Path) -> Mapping[str, Any]:
@@ -244,6 +263,8 @@ def _settings(file: Path) -> Mapping[str, Any]:
 def config_of(found: Mapping[str, Any], where: str) -> LlamaConfig:
     """The settings of a config.json; refuses what would change the model and is not here."""
     scaled = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if not isinstance(scaled, dict):
+        raise TaskError(f"rotation is {scaled!r}", where, "Only plain rotation is supported")
     plain = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
              "mlp_bias": (False,), "sliding_window": (None,)}  # fmt: skip
     for name, fine in plain.items():
@@ -252,21 +273,18 @@ def config_of(found: Mapping[str, Any], where: str) -> LlamaConfig:
     kind = scaled.get("rope_type", scaled.get("type", "default"))
     if kind != "default":
         raise TaskError(f"rotation is scaled ({kind})", where, "Only plain rotation is supported")
-    missing = [n for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-               "num_attention_heads", "max_position_embeddings") if n not in found]  # fmt: skip
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "max_position_embeddings")  # fmt: skip
+    missing = [name for name in needed if found.get(name) is None]
     if missing:
         raise TaskError(f"no {', '.join(missing)} in it", where, "Give a Llama's config.json")
-    heads = found["num_attention_heads"]
-    return LlamaConfig(
-        vocab_size=found["vocab_size"],
-        hidden_size=found["hidden_size"],
-        intermediate_size=found["intermediate_size"],
-        num_hidden_layers=found["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=found.get("num_key_value_heads") or heads,
-        max_position_embeddings=found["max_position_embeddings"],
-        head_dim=found.get("head_dim") or found["hidden_size"] // heads,
-        rms_norm_eps=found.get("rms_norm_eps", 1e-6),
-        rope_theta=scaled.get("rope_theta") or found.get("rope_theta") or 10000.0,
-        tie_word_embeddings=bool(found.get("tie_word_embeddings", False)),
-    )
+    sizes = {f.name: found[f.name] for f in fields(LlamaConfig) if found.get(f.name) is not None}
+    if scaled.get("rope_theta") is not None:
+        sizes["rope_theta"] = scaled["rope_theta"]
+    heads, width = found["num_attention_heads"], found["hidden_size"]
+    try:
+        for name in ("num_attention_heads", "hidden_size"):
+            _fine(name, found[name])
+        return LlamaConfig(**{"num_key_value_heads": heads, "head_dim": width // heads, **sizes})
+    except TaskError as problem:
+        raise TaskError(problem.what, where, problem.mend) from None

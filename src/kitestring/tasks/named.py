@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import kitestring
 from kitestring.errors import KitestringError, SettingError, TaskError
 
 
@@ -25,7 +27,7 @@ def module(source: str) -> ModuleType:
 def _from_module(name: str) -> ModuleType:
     _reach(Path.cwd())
     try:
-        with told(f"module {name} fails"):
+        with told(f"module {name} fails", name):
             return importlib.import_module(name)
     except TaskError as problem:
         absent = problem.__cause__
@@ -52,7 +54,7 @@ def _from_file(path: Path) -> ModuleType:
     found = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = found  # as dataclasses and pickle want it
     try:
-        with told("the file fails"):
+        with told("the file fails", str(path)):
             spec.loader.exec_module(found)
     except TaskError:
         del sys.modules[path.stem]
@@ -66,8 +68,9 @@ def _reach(folder: Path) -> None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Whatever somebody's code raises, as one line with the line of that code."""
+def told(what: str, name: str = "") -> Iterator[None]:
+    """Whatever somebody's code raises, as one line with the line of that code, or with the `name`
+    that a person gave it where none of its lines was running."""
     try:
         yield
     except KitestringError:
@@ -78,15 +81,22 @@ def told(what: str) -> Iterator[None]:
             said = problem.msg
         kind = type(problem).__name__
         said = f"{kind}: {said}" if said else kind
-        raise TaskError(f"{what} with {said}", _line(problem), "Mend it there") from problem
+        line = _line(problem)
+        mend = "Mend it there" if line else "Check the name, and what it needs"
+        raise TaskError(f"{what} with {said}", line or name, mend) from problem
 
 
 def _line(problem: BaseException) -> str:
-    """File and line: of a SyntaxError its own, else the last one that is not a library's."""
+    """File and line: of a SyntaxError its own, else the last one that is not an installed
+    library's, if any. Never Kitestring's or Python's own, which nobody is asked to mend."""
     if isinstance(problem, SyntaxError) and problem.filename:
         return f"{problem.filename}:{problem.lineno}"
-    frames = [f for f in traceback.extract_tb(problem.__traceback__) if f.filename != __file__]
-    frames = [f for f in frames if not f.filename.startswith("<")]
-    libraries = tuple({sysconfig.get_path(p) for p in ("stdlib", "purelib", "platlib")})
-    own = [f for f in frames if not f.filename.startswith(libraries)] or frames
+    ours = str(Path(kitestring.__file__).parent) + os.sep
+    python = sysconfig.get_path("stdlib") + os.sep
+    # Installed libraries may be in a folder below Python's own.
+    installed = tuple({sysconfig.get_path(p) + os.sep for p in ("purelib", "platlib")})
+    files = [f for f in traceback.extract_tb(problem.__traceback__) if f.filename[:1] != "<"]
+    files = [f for f in files if not f.filename.startswith(ours)]
+    libraries = [f for f in files if f.filename.startswith(installed)]
+    own = [f for f in files if not f.filename.startswith((python, *installed))] or libraries
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
