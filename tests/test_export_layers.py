@@ -94,6 +94,45 @@ def _one_hot(x: Tensor) -> Tensor:
     return F.one_hot(x, 7).float().mean(1)
 
 
+OFF = torch.tensor([True, False, True, False, False, True])
+
+
+class Pruned(nn.Linear):
+    """Square, so that a mask of its columns would fit its rows as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.clone()
+        weight[:, OFF] = 0
+        return F.linear(x, weight, self.bias)
+
+
+def _put_by_masks(x: Tensor) -> Tensor:
+    """Of the last axis, of the last two, of all."""
+    y = x.clone()
+    y[:, OFF] = 0.5
+    pairs = y.view(-1, 2, 3)
+    pairs[:, OFF.view(2, 3).flip(1)] = 2.0
+    pairs[pairs > 1] = 1.0
+    return y
+
+
+def _put_rows_by_masks(x: Tensor) -> Tensor:
+    """Of an axis with another behind it, of the first axis."""
+    y = x.clone()
+    y.view(-1, 2, 3)[:, OFF[:2]] = torch.tensor([1.0, 2.0, 3.0])
+    y[x[:, 0] > 0] = torch.arange(6.0)
+    return y
+
+
+def _put_by_places(x: Tensor) -> Tensor:
+    y = x.index_add(1, torch.tensor([1, 1, 5]), x[:, :3], alpha=2).index_fill(
+        1, torch.tensor(-2), 3
+    )
+    y[:, [0, 2]] += 1
+    at = (torch.arange(len(x))[:, None], torch.tensor([[0, 1, 1]]))
+    return y.view(-1, 2, 3).index_put(at, torch.ones(3), accumulate=True).flatten(1)
+
+
 def _in_place(x: Tensor) -> Tensor:
     y = x.clone()
     y[:, 1] = 0
@@ -175,7 +214,8 @@ SEQUENCES = [
     lambda x: x.diagonal(dim1=1, dim2=2), lambda x: x.sort(1, descending=True).values,
     lambda x: x[:, -1].repeat(1, 2) + x.repeat_interleave(2, 1)[:, 3].tile(2),
 ]  # fmt: skip
-PARTS = [_picked, _spread, _masked, _joined, _two_of]
+PARTS = [_picked, _spread, _masked, _joined, _two_of, _put_by_masks, _put_rows_by_masks,
+         _put_by_places]  # fmt: skip
 
 
 def _tables() -> list[nn.Module]:
@@ -217,6 +257,7 @@ FAMILIES: Mapping[str, tuple[Callable[[], Sequence[nn.Module]], Make]] = {
         lambda: [
             Seq(nn.Conv1d(2, 2, 1), nn.CircularPad1d(1)),
             Seq(nn.Linear(6, 6), nn.ReLU(inplace=True)), Fn(_in_place, nn.Linear(6, 6)),
+            Pruned(6, 6),
         ], numbers(2, 6),
     ),
     "tables": (_tables, tokens(7, 5)),

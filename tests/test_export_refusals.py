@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exported import PLAIN, Beside, Case, case, numbers, tokens
+from exported import PLAIN, Beside, Case, case, fits, numbers, tokens
 from kitestring.devices.fit.programs import Program
 from kitestring.errors import ExportError
 from kitestring.export.graphs import backward_graph, predict_graph, step_graph
@@ -43,6 +43,12 @@ def beside(layer: nn.Module, x: Any) -> Case:
     return case(Beside([nn.Sequential(nn.Identity(), layer)]), {"x": x})
 
 
+def put_by_a_mask(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, torch.arange(6) < 3] = torch.tensor([1.0, 2.0, 3.0])
+    return y
+
+
 FUNCTIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "spectra": (lambda x: torch.fft.rfft(x).abs(), "_fft_r2c", "spectra"),
     "inverses": (
@@ -52,8 +58,23 @@ FUNCTIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "branches": (lambda x: x * 2 if x.sum() > 0 else x, "branches on a value", "torch.where"),
     "items": (lambda x: x * x.max().item(), "branches on a value", "torch.where"),
     "masks": (lambda x: x * x[x > 0].sum(), "by a mask", "torch.where(mask"),
+    "numbers for a mask": (
+        put_by_a_mask, "index_put by a mask with a number for each place", "torch.where(mask",
+    ),
+    "arguments": (lambda x: x.round(decimals=1), "round with these arguments has no", "sums"),
+    "steps without a slope": (
+        lambda x: x * torch.heaviside(x, torch.tensor(0.5)), "heaviside", "(x > 0)",
+    ),
+    "quotients without a slope": (lambda x: x // 2.0, "floor_divide", "torch.floor(x / y)"),
     "fixed rows": (lambda x: x.view(4, 6) * 1, "cannot be traced", "any number of rows"),
-    "rows by themselves": (lambda x: x * 2 if len(x) > 6 else x, "rows one like another", "rows"),
+    "rows by themselves": (lambda x: x * 2 if len(x) > 6 else x, "rows one like another", "len(x)"),
+    "one row by itself": (
+        lambda x: x * 2 if len(x) == 1 else x, "like another: 1 row is computed in", "len(x)",
+    ),
+    "many rows by themselves": (
+        lambda x: x * 2 if len(x) > 20 else x, "like another: 33 rows are computed in", "len(x)",
+    ),
+    "rows up to a number": (lambda x: x + torch.ones(20, 1)[: len(x)], "(33)", "number of rows"),
     "rows squared": (lambda x: x * len(x) ** 2, "rows one like another", "rows"),
     "complex numbers": (
         lambda x: torch.view_as_complex(x.reshape(-1, 3, 2)).abs(), "complex", "two float tensors",
@@ -73,6 +94,42 @@ def test_functions(name: str) -> None:
     c = beside(Then(f), numbers(6))
     with told(ExportError, what, where="program 'p', layers.0.1 (Then)", mend=mend):
         step_graph(c.program, c.rows, PLAIN)
+
+
+def test_one_row_may_have_an_axis_less() -> None:
+    c = beside(Then(lambda x: x[:, :1].squeeze()), numbers(6))
+    program = Program("p", c.program.module, lambda o, b: sum(v.flatten() for v in o.values()))
+    step_graph(program, c.rows, PLAIN)
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+def test_masks_of_bytes() -> None:
+    mask = torch.tensor([1, 0, 1, 0, 0, 0], dtype=torch.uint8)
+    c = beside(Then(lambda x: x[:, mask]), numbers(6))
+    with told(ExportError, "index by a mask", where="layers.0.1 (Then)", mend="torch.where(mask"):
+        step_graph(c.program, c.rows, PLAIN)
+
+
+class Encoder(nn.Module):
+    """Its mask's values decide how torch computes it, where it is not told."""
+
+    def __init__(self, **told: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.inner, self.told = nn.TransformerEncoder(layer, 1), told
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        mask = nn.Transformer.generate_square_subsequent_mask(5)
+        return {"out": self.inner(batch["x"], mask=mask, **self.told)}
+
+
+def test_masks_that_may_be_causal() -> None:
+    c = case(Encoder(), {"x": numbers(5, 8)})
+    where = "program 'p', inner (TransformerEncoder)"
+    with told(ExportError, "looks at the values of its mask", where=where, mend="is_causal=True"):
+        step_graph(c.program, c.rows, PLAIN)
+    for causal in (True, False):
+        fits(case(Encoder(is_causal=causal), {"x": numbers(5, 8)}))
 
 
 LAYERS: Mapping[str, tuple[nn.Module, Any, str, str]] = {
@@ -151,8 +208,14 @@ def test_what_a_loss_computes_is_told_of_the_loss() -> None:
     predict_graph(c.program, c.rows)
 
 
-def test_drawing_in_predictions() -> None:
-    c = beside(Then(lambda x: F.dropout(x, 0.5)), numbers(6))
+@pytest.mark.parametrize(
+    "f",
+    [lambda x: F.dropout(x, 0.5),
+     lambda x: F.dropout(x.reshape(-1, 2, 3).transpose(0, 2), 0.5).transpose(0, 2)],
+)  # fmt: skip
+def test_drawing_in_predictions(f: Callable[[Tensor], Tensor]) -> None:
+    """However the numbers lie in memory for which something is drawn."""
+    c = beside(Then(f), numbers(6))
     with told(ExportError, "draws random numbers when it predicts", mend="self.training"):
         predict_graph(c.program, c.rows)
     step_graph(c.program, c.rows, PLAIN)

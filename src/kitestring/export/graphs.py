@@ -27,7 +27,7 @@ from kitestring.export.descend import descend
 from kitestring.export.lower import lower
 from kitestring.export.operation import Unsupported, dtype_of
 from kitestring.export.sizes import ROWS, Dim, Shape, Size
-from kitestring.export.tracing import DRAWS, UNTRACEABLE, Traced, Uneven, refs, trace
+from kitestring.export.tracing import DRAWS, UNTRACEABLE, Traced, Uneven, confirm, refs, trace
 
 Batch = Mapping[str, Tensor]
 
@@ -245,6 +245,7 @@ class _Source:
             b.rows_of(values[_column(traced, len(held))])
             found, drawn = lower(b, traced, values)
             chances = [_chance(c.args[1]) for c in traced.calls.values() if c.name == DRAWS]
+            confirm(traced, flat, inputs)
         except KitestringError:
             raise
         except (*UNTRACEABLE, Uneven, Unsupported) as problem:

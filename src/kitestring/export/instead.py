@@ -24,6 +24,8 @@ _INSTEAD: Mapping[str, str] = {
     r"multi_margin|multilabel_margin": "Write it with clamp and sum, or use cross-entropy",
     r"cumprod|logcumsumexp|cummax|cummin": "Write it with cumsum, of logarithms for products",
     r"median|mode|kthvalue": "Use sort or topk and an index",
+    r"heaviside": "It has no slope: write (x > 0).to(x.dtype)",
+    r"floor_divide": "It has no slope: write torch.floor(x / y)",
     r"searchsorted|bucketize|histc": "Compare with all borders and sum: (x[..., None] > borders)",
     r"prod": "Write exp(log(x).sum()) for what is above 0, or multiply out",
     r"across rows": "Let each row be computed by itself: index, sum and reshape inside of a row",

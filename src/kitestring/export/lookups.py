@@ -12,6 +12,8 @@ from kitestring.export.operation import Lower, Operand, Operation, axis_of, fixe
 from kitestring.export.sizes import Dim, Shape, broadcast, times
 
 _WHOLE, _BOOL = np.dtype(np.int64), np.dtype(np.bool_)
+_MASKS = (_BOOL, np.dtype(np.uint8))
+"""As an index, bytes are a mask in torch."""
 
 
 def _embedding(op: Operation, table: Value, ids: Value, *_: Any) -> Value:
@@ -107,7 +109,7 @@ def _index(op: Operation, x: Value, given: Sequence[Value | None]) -> Value:
 
 
 def _whole(op: Operation, ids: Value) -> Value:
-    if ids.dtype == _BOOL:
+    if ids.dtype in _MASKS:
         raise op.unsupported("by a mask")
     return op.b.cast(ids, _WHOLE)
 
@@ -131,11 +133,8 @@ def _index_put(
     b = op.b
     axes = [i for i, g in enumerate(given) if g is not None]
     ids = [g for g in given if g is not None]
-    if len(ids) == 1 and ids[0].dtype == _BOOL and not add and source.rank <= 1:
-        mask = ids[0]
-        for _i in range(x.rank - mask.rank):
-            mask = b.unsqueeze(mask, mask.rank)
-        return b.where(mask, b.cast(source, x.dtype), x)
+    if len(ids) == 1 and ids[0].dtype in _MASKS and not add:
+        return _where_masked(op, x, axes[0], b.cast(ids[0], _BOOL), source)
     ids = [_whole(op, i) for i in ids]
     front = broadcast(*(i.shape for i in ids))
     rest = [a for a in range(x.rank) if a not in axes]
@@ -154,6 +153,21 @@ def _index_put(
     )  # fmt: skip
     found = b.reshape(found, tuple(x.shape[a] for a in order))
     return b.transpose(found, [order.index(a) for a in range(x.rank)])
+
+
+def _where_masked(op: Operation, x: Value, axis: int, mask: Value, source: Value) -> Value:
+    """`source` put where `mask` holds, whose first axis is number `axis` of `x`."""
+    b = op.b
+    after, axes = x.rank - axis - mask.rank, mask.rank
+    if source.rank > after:
+        # The axis of what is picked becomes those of the mask.
+        if source.shape[-after - 1] != 1:
+            raise op.unsupported("by a mask with a number for each place")
+        for _ in range(axes - 1):
+            source = b.unsqueeze(source, source.rank - after)
+    for _ in range(after):
+        mask = b.unsqueeze(mask, mask.rank)
+    return b.where(_ranked(op, mask, x.rank), b.cast(source, x.dtype), x)
 
 
 def _places(op: Operation, ids: Sequence[Value], sizes: Sequence[Dim]) -> Value:

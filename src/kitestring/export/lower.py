@@ -82,12 +82,16 @@ class _Lowering:
             raise Unsupported(call.name)
         op = Operation(self.b, call, self._output(call.args[0] if call.args else None))
         args, kwargs = (_mapped(a, self._value) for a in (call.args, call.kwargs))
-        found = how(op, *args, **{k: v for k, v in kwargs.items() if k not in _PLACE})
-        made = found if isinstance(found, tuple) else (found,)
-        for value, out in zip(made, call.outs, strict=False):
-            if value is not None:
-                assert value.shape == out.shape, (call.name, value, out)
-                assert value.dtype == dtype_of(out.dtype), (call.name, value, out)
+        try:
+            found = how(op, *args, **{k: v for k, v in kwargs.items() if k not in _PLACE})
+            made = found if isinstance(found, tuple) else (found,)
+            for value, out in zip(made, call.outs, strict=False):
+                if value is not None:
+                    assert value.shape == out.shape, (call.name, value, out)
+                    assert value.dtype == dtype_of(out.dtype), (call.name, value, out)
+        except (TypeError, AssertionError):
+            # An argument, or a combination of them, that the lowering does not know.
+            raise Unsupported(f"{call.name} with these arguments") from None
         return made
 
     def _output(self, argument: Any) -> Output | None:

@@ -7,6 +7,7 @@ itself, the innermost first: the first one that fails alike is the place.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +24,13 @@ from kitestring.export.instead import instead
 from kitestring.export.lower import lower
 from kitestring.export.operation import Unsupported, dtype_of
 from kitestring.export.sizes import ROWS, Shape
-from kitestring.export.tracing import UNTRACEABLE, Uneven, trace
+from kitestring.export.tracing import MANY, UNTRACEABLE, Uneven, confirm, trace
 
 Columns = Callable[[int], Mapping[str, Tensor]]
 
 _SHOWN = 160
+_ANY = "Let any number of rows through"
+_FIRST = "keep the first axis, as x.flatten(1) and x[:, i] do"
 
 
 def refused(
@@ -79,6 +82,8 @@ def _what(problem: Exception) -> str:
         return f"{problem.kind} has no counterpart in ONNX"
     if isinstance(problem, Uneven):
         return f"it does not compute rows one like another: {problem}"
+    if _looks_for_a_causal_mask(problem):
+        return "it looks at the values of its mask for whether it is causal"
     if _branches(problem):
         return "it branches on a value that only data decides"
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
@@ -87,22 +92,33 @@ def _what(problem: Exception) -> str:
 
 def _mend(problem: Exception) -> str:
     told = str(problem)
-    quoted = re.search(r"derivative for '(\w+)'", told)
+    quoted = re.search(r"derivative for (?:'|aten::)(\w+)", told)
     kind = problem.kind if isinstance(problem, Unsupported) else quoted and quoted[1]
     if kind:
         return instead(kind)
+    if _looks_for_a_causal_mask(problem):
+        return "Give it is_causal=True or False beside its mask (a decoder: tgt_is_causal)"
     if _branches(problem):
         return "Compute both and choose by torch.where"
+    if isinstance(problem, Uneven):
+        return f"{_ANY}, without a branch on len(x): {_FIRST}"
     if "data pointer" in told or "numpy" in told or "constant of the module" in told:
         return "Compute with torch's operations alone, on what goes in"
     if "setup_context" in told:
         return "Give the autograd.Function a setup_context, or write it with torch's operations"
-    return "Let any number of rows through: keep the first axis, as x.flatten(1) and x[:, i] do"
+    return f"{_ANY}: {_FIRST}"
 
 
 def _branches(problem: Exception) -> bool:
     told = str(problem)
     return "data-dependent" in told or "_local_scalar_dense" in told or ".item()" in told
+
+
+def _looks_for_a_causal_mask(problem: Exception) -> bool:
+    """As torch's encoders and decoders do where they are not told."""
+    frames = traceback.walk_tb(problem.__traceback__)
+    asked = any(frame.f_code.co_name == "_detect_is_causal_mask" for frame, _ in frames)
+    return asked and _branches(problem)
 
 
 def _alike(a: Exception, b: Exception | None) -> bool:
@@ -124,7 +140,7 @@ class _Search:
 
     def place(self) -> str:
         """As in "layers.3 (Linear)"; empty where no part fails alike."""
-        inner = sorted(self.module.named_modules(), key=lambda named: -named[0].count("."))
+        inner = sorted(self.module.named_modules(), key=lambda named: -_depth(named[0]))
         leaves_first = sorted(inner, key=lambda named: bool(list(named[1].children())))
         if path := self._fails_at_once():
             return self._named(path)
@@ -140,8 +156,8 @@ class _Search:
         return f"{path} ({kind})" if path else f"the module ({kind})"
 
     def _fails_at_once(self) -> str:
-        """Where it stops without being traced: with 5 rows, or 7."""
-        for rows in (5, 7):
+        """Where it stops without being traced: with 5 rows, or 7, or many."""
+        for rows in (5, 7, MANY):
             try:
                 self._inputs(rows)
             except _Stopped as stopped:
@@ -176,6 +192,7 @@ class _Search:
             ]
             b.rows_of(next((v for v in values if ROWS in v.shape[:1]), values[0]))
             lower(b, traced, values)
+            confirm(traced, whole, inputs)
         except (*UNTRACEABLE, Uneven, Unsupported) as problem:
             return problem
         return None
@@ -209,7 +226,11 @@ def _computed(
     return [value, *made, *by_weights.values(), *by_inputs.values()]
 
 
-class _Stopped(Exception):
+def _depth(path: str) -> int:
+    return len(path.split(".")) if path else 0
+
+
+class _Stopped(RuntimeError):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.path = path

@@ -2,7 +2,8 @@
 
 The function is traced with two different numbers of rows. Wherever the two graphs differ, in a
 size, a bound or a factor, what stands there is a multiple of the rows (and something beside, which
-a third trace has to confirm).
+a third trace has to confirm). Then one row and many are computed by the function and by the graph:
+a branch on how many there are would give other numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitestring.export.decompositions import table
 from kitestring.export.sizes import Shape, Size, through
@@ -31,6 +33,10 @@ from kitestring.export.sizes import Shape, Size, through
 _ROWS = ((5, 7, 17), (11, 13, 3))
 """Two numbers of rows, and one that confirms what they say. The second three are for where a size
 of the module happens to be one of the first."""
+MANY = 33
+"""Rows that are computed beside one row, to find what depends on how many there are."""
+_CLOSE = 1e-3  # of the largest number of an output
+_TRIES = 2  # an unlucky draw lies at the edge of a function that is not smooth
 DRAWS = "bernoulli"
 UNTRACEABLE = (
     RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, NotImplementedError,
@@ -94,15 +100,119 @@ def trace(f: Callable[..., list[Tensor]], inputs: Callable[[int], Sequence[Tenso
         try:
             found, beside = _aligned(first, second, (rows[0], rows[1]))
             if beside or at:
-                _confirm(found, _graph(f, inputs(more)), more)
+                _hold_all(found, _graph(f, inputs(more)), more)
             return found
         except Uneven as reason:
             problem = reason if not at else problem
     raise problem
 
 
-def _confirm(found: Traced, third: GraphModule, rows: int) -> None:
-    """The same operations, of sizes that follow from the rows."""
+def confirm(
+    found: Traced, f: Callable[..., list[Tensor]], inputs: Callable[[int], Sequence[Tensor]]
+) -> None:
+    """Raises `Uneven` where one row, or many, are computed in another way than those that were
+    traced. Numbers are held against each other, not operations: torch itself computes one row by
+    other operations where that is the same."""
+    for rows in (1, MANY):
+        if all(_differs(found, f, inputs, rows, seed) for seed in range(_TRIES)):
+            how_many = "1 row is" if rows == 1 else f"{rows} rows are"
+            raise Uneven(f"{how_many} computed in another way than a few")
+
+
+def _differs(
+    found: Traced, f: Callable[..., list[Tensor]], inputs: Callable[[int], Sequence[Tensor]],
+    rows: int, seed: int,
+) -> bool:  # fmt: skip
+    with plainly():
+        try:
+            dice = torch.Generator().manual_seed(seed)
+            given = [_some(x, dice) for x in inputs(rows)]
+            with _Drawn():
+                wanted = f(*(x.clone() for x in given))
+        except UNTRACEABLE:
+            if rows == 1:
+                return False  # torch itself gives nothing to differ from
+            raise
+        try:
+            with _Drawn():
+                made = _computed(found, given, rows)
+        except UNTRACEABLE:
+            return True
+    largest = max((_largest(x) for x in wanted), default=0.0)
+    return not all(_close(*pair, largest) for pair in zip(made, wanted, strict=True))
+
+
+class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws the same numbers each time; torch's own order follows how tensors lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dice = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.rstrip("_") != DRAWS:
+            return func(*args, **(kwargs or {}))
+        x, *p = args
+        chance = p[0] if p else 0.5 if name.endswith("_") else x
+        kept = (torch.rand(x.shape, generator=self.dice) < chance).to(x.dtype)
+        return x.copy_(kept) if name.endswith("_") else kept
+
+
+def _some(x: Tensor, dice: torch.Generator) -> Tensor:
+    """Other numbers than 0, since 0 hides factors; near those that there are, if there are any."""
+    if not x.is_floating_point():
+        return x.clone()
+    drawn = torch.rand(x.shape, generator=dice).to(x.dtype)
+    return x.detach() + (drawn - 0.5) * 0.1 if x.any() else drawn
+
+
+def _largest(x: Tensor) -> float:
+    """Of the finite ones."""
+    sizes = x.detach().double().abs().nan_to_num(0, 0)
+    return float(sizes.max()) if x.numel() else 0.0
+
+
+def _close(made: Tensor, wanted: Tensor, largest: float) -> bool:
+    """Up to axes of 1, and up to what rounding makes of slopes that cancel out."""
+    if made.numel() != wanted.numel():
+        return False
+    a, b = (x.detach().reshape(-1).double() for x in (made, wanted))
+    within = _CLOSE * max(_largest(wanted), 0.01 * largest)
+    return torch.allclose(a, b, rtol=0, atol=within, equal_nan=True)
+
+
+def _computed(found: Traced, given: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """The outputs with `rows` rows, operation by operation."""
+    known: dict[int, Any] = dict(found.constants)
+    last = {ref.at: at for at, c in found.calls.items() for ref in refs([c.args, c.kwargs])}
+    kept = {ref.at for ref in found.outputs}
+
+    def value(argument: Any) -> Any:
+        if isinstance(argument, Ref):
+            made = known[argument.at]
+            return made if isinstance(made, Tensor) else made[argument.which]
+        if isinstance(argument, Size):
+            return argument.of(rows)
+        if isinstance(argument, Mapping):
+            return {k: value(v) for k, v in argument.items()}
+        if isinstance(argument, list | tuple):
+            return type(argument)(value(v) for v in argument)
+        return argument
+
+    for at, call in found.calls.items():
+        if call.name.startswith("input:"):
+            known[at] = given[int(call.name.removeprefix("input:"))]
+            continue
+        known[at] = call.target(*value(call.args), **value(call.kwargs))
+        for ref in refs([call.args, call.kwargs]):
+            if last[ref.at] == at and ref.at not in kept:
+                known.pop(ref.at, None)
+    return [value(ref) for ref in found.outputs]
+
+
+def _hold_all(found: Traced, third: GraphModule, rows: int) -> None:
+    """By a third trace: the same operations, of sizes that follow from the rows."""
     nodes = list(third.graph.nodes)
     for at, call in found.calls.items():
         node = nodes[at] if at < len(nodes) else None

@@ -31,12 +31,12 @@ def _layer_of_lstm(x: Any, inputs: Any, states: Any, *_: Any, **__: Any) -> int:
 
 
 def _matrix_by_vector(matrix: Any, vector: Any, *rest: Any, **how: Any) -> int:
-    return 2 * int(prod(matrix))
+    return int(2 * prod(matrix))
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     """Shapes [batch, heads, length, size] of queries, keys and values: two products."""
-    return 2 * int(prod(q[:3])) * k[2] * (q[3] + v[3])
+    return int(2 * prod(q[:3]) * k[2] * (q[3] + v[3]))
 
 
 # What torch's counter leaves out. A layer of an LSTM is one operation on the CPU.
