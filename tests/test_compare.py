@@ -175,29 +175,55 @@ def test_a_finished_run_resumes_to_itself(done: tuple[Path, str]) -> None:
     assert figures(done[0]) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["compare", "digit"], "Did you mean 'digits'"),
-        (["compare", "--only", "fedavgg"], "Did you mean 'fedavg'"),
-        (["compare", "--hardware", "fone"], "Did you mean 'phone'"),
-        (["compare", "--device", "gpu"], "device 'gpu': torch has no such device here"),
-        (["compare", "--device", "cuda:99"], "Leave --device out"),
-        (["compare", "--limit", "fast please"], "fast please"),
-        (["compare", "--prices", "no-such-file.toml"], "no-such-file.toml"),
-        (["compare", "--seeds", "0"], "--seeds 0"),
-        (["compare", "--lost", "1"], "--lost"),
-        (["compare", "--csv", "no-such-file.csv", "--user", "a", "--target", "b"], "no-such-file"),
-        (["compare", "--user", "a"], "--csv"),
-        (["compare", "no.such.module:task"], "no module 'no'"),
-        (["compare", f"{HERE / 'tiny.py'}:nothing"], "nothing"),
-        (["compare", TINY, "--hardware", "microcontroller", "--users", "1"], "--users 1"),
-        (["report", "no-such-folder"], "no finished comparison"),
-    ],
-)
-def test_what_is_wrong_is_one_line(words: list[str], says: str, tmp_path: Path) -> None:
-    assert says in refused(kitestring(*words, cwd=tmp_path))
-    assert not list(tmp_path.glob("**/*.html"))
+WRONG: list[tuple[list[str], str]] = [
+    (["compare", "digit"], "Did you mean 'digits'"),
+    (["compare", "--only", "fedavgg"], "Did you mean 'fedavg'"),
+    (["compare", "--hardware", "fone"], "Did you mean 'phone'"),
+    (["compare", "--device", "gpu"], "device 'gpu': torch has no such device here"),
+    (["compare", "--device", "cuda:99"], "Leave --device out"),
+    (["compare", "--limit", "fast please"], "fast please"),
+    (["compare", "--prices", "no-such-file.toml"], "no-such-file.toml"),
+    (["compare", "--seeds", "0"], "--seeds 0"),
+    (["compare", "--lost", "1"], "--lost"),
+    (["compare", "--csv", "no-such-file.csv", "--user", "a", "--target", "b"], "no-such-file"),
+    (["compare", "--user", "a"], "--csv"),
+    (["compare", "no.such.module:task"], "no module 'no'"),
+    (["compare", f"{HERE / 'tiny.py'}:nothing"], "nothing"),
+    (["compare", TINY, "--hardware", "microcontroller", "--users", "1"], "--users 1"),
+    (["report", "no-such-folder"], "no finished comparison"),
+]
+EACH = """
+import contextlib, io, json, sys
+from kitestring.cli import main
+
+found = []
+for words in json.load(sys.stdin):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
+        status = main(words)
+    found.append((status, told.getvalue()))
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, str]], Path]:
+    """Status and standard error of each, one after the other in one process, and its folder."""
+    folder = tmp_path_factory.mktemp("wrong")
+    done = subprocess.run(
+        [sys.executable, "-c", EACH], input=json.dumps([words for words, _ in WRONG]), cwd=folder,
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), folder
+
+
+@pytest.mark.parametrize("place", range(len(WRONG)), ids=[says for _, says in WRONG])
+def test_what_is_wrong_is_one_line(wrong: Any, place: int) -> None:
+    found, folder = wrong
+    status, told = found[place]
+    assert WRONG[place][1] in refused(subprocess.CompletedProcess([], status, "", told))
+    assert not list(folder.glob("**/*.html"))
 
 
 def test_a_run_that_is_going_on_is_left_alone(tmp_path: Path) -> None:
@@ -211,6 +237,27 @@ def test_a_run_that_is_going_on_is_left_alone(tmp_path: Path) -> None:
     finally:
         first.kill()
         first.wait()
+
+
+def test_nothing_outlives_a_comparison_that_is_killed(tmp_path: Path) -> None:
+    """Neither its workers nor the process that they were forked from."""
+    command = [sys.executable, "-m", "kitestring.cli", "compare", "digits", "--out", str(tmp_path)]
+    first = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(tmp_path.glob("jobs/*.sqlite")) and first.poll() is None:
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            os.killpg(first.pid, 0)  # its own session: whoever it started is in this group
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(first.pid, 9)
+    pytest.fail("somebody is still there")
 
 
 @pytest.mark.parametrize("part", ["report", "work"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import queue
 import threading
@@ -106,7 +107,7 @@ def _ready() -> None:
 
 def _prepare(order: Order, heard: Any) -> None:
     global _bench, _heard
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     thread_per_process()
     task, hardware, how = order.load(), profile(order.profile), order.compute
     _bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
@@ -114,11 +115,12 @@ def _prepare(order: Order, heard: Any) -> None:
     gc.freeze()  # what is there stays: the collector of cycles need not walk all of torch again
 
 
-def _leave_with(parent: int) -> None:
-    """A worker whose parent was killed must not go on alone; a server of forks leaves with its
-    own."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _leave_with_parent() -> None:
+    """A worker whose comparison was killed must not go on alone. It hears of that at once; a server
+    of forks, which is what `os.getppid` names, lives for as long as its workers do."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
