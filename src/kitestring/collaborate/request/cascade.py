@@ -85,8 +85,7 @@ class Cascade:
     def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
         sure = confidence(message.parameters, devices)[1]
         bins = np.clip((sure.values * _BINS).astype(np.int64), 0, _BINS - 1)
-        real = sure.mask()
-        counts = ((bins[..., None] == np.arange(_BINS)) & real[..., None]).sum(1).astype(np.float32)
+        counts = histogram(Rows(bins, sure.n), _BINS)
         return Message(features=Tree(histogram=counts)), Tree(cut=quantile(counts, self.share))
 
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
@@ -115,6 +114,13 @@ def confidence(weights: Tree, devices: Devices) -> tuple[Tree, Rows]:
     spread = devices.uniform("tie", sure.values.shape[1]) / np.float32(_BINS)
     scaled = np.clip(sure.values, 0, 1) * np.float32(1 - 1 / _BINS) + spread
     return Tree(answer=found["answer"]), Rows(scaled, sure.n)
+
+
+def histogram(bins: Rows, size: int) -> Array:
+    """[D, size]: how many of a device's rows are in each bin."""
+    inside = (bins.values[..., None] == np.arange(size)) & bins.mask()[..., None]
+    counts: Array = inside.sum(1).astype(np.float32)
+    return counts
 
 
 def quantile(counts: Array, share: float) -> Array:

@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 
 from kitestring.collaborate.about import About, Budget
-from kitestring.collaborate.request.cascade import Escalate, quantile, share_and_blend
+from kitestring.collaborate.request.cascade import Escalate, histogram, quantile, share_and_blend
 from kitestring.core import (
     Array,
     Ask,
@@ -109,8 +109,7 @@ class EarlyExit:
         entropy: Rows = spread(exits(message.parameters, devices)["entropy"], devices)
         sure = (_MOST - np.log(entropy.values)) / _STEP  # in bins, the surest last
         bins = np.clip(sure, 0, _BINS - 1).astype(np.int64)
-        real = entropy.mask()
-        counts = ((bins[..., None] == np.arange(_BINS)) & real[..., None]).sum(1).astype(np.float32)
+        counts = histogram(Rows(bins, entropy.n), _BINS)
         return Message(features=Tree(histogram=counts)), Tree(cut=threshold(counts, self.share))
 
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
