@@ -25,8 +25,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kitestring.devices": ("errors", "core", "dice", "exchange"),
     "kitestring.devices.fit": ("errors", "core", "dice", "exchange", "devices"),
     "kitestring.devices.runtime": ("errors", "core", "dice", "devices", "package"),
+    "kitestring.compress": ("errors", "arrays", "core"),
     "kitestring.export": (
-        *("errors", "core", "dice", "package"),
+        *("errors", "core", "dice", "package", "compress"),
         *("devices", "devices.fit", "devices.runtime"),
     ),
     "kitestring.cloud": ("errors", "core", "dice", "exchange"),
@@ -48,7 +49,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "cryptography": ("kitestring.package",),
     "safetensors": (
         *("kitestring.devices.runtime", "kitestring.pack"),
-        *("kitestring.measure", "kitestring.tasks"),
+        *("kitestring.measure", "kitestring.tasks", "kitestring.shrink"),
     ),
     "executorch": ("kitestring.export", "kitestring.measure"),
     "gguf": ("kitestring.export",),
@@ -57,7 +58,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "onnx": ("kitestring.export", "kitestring.pack", "kitestring.measure"),
     "torch": (
         *("kitestring.devices.fit", "kitestring.export", "kitestring.tasks", "kitestring.apps"),
-        *("kitestring.measure", "kitestring.partition"),
+        *("kitestring.measure", "kitestring.partition", "kitestring.compress", "kitestring.shrink"),
     ),
     "sklearn": ("kitestring.tasks", "kitestring.apps"),
     "scipy": ("kitestring.tasks", "kitestring.apps"),

@@ -50,6 +50,18 @@ class Budget:
         return max(1, self.local_epochs // self.rounds)
 
     @property
+    def last_layer_lrs(self) -> tuple[float, ...]:
+        """As many rates as `lrs`, evenly in the logarithm, from a tenth of the least: what a last
+        layer bears depends on how large the features are that it stands on."""
+        low, high, count = min(self.lrs) / 10, max(self.lrs), len(self.lrs)
+        steps = (
+            [(i + 0.5) / count for i in range(count)]
+            if count < 2
+            else [i / (count - 1) for i in range(count)]
+        )
+        return tuple(float(f"{low * (high / low) ** step:.3g}") for step in steps)
+
+    @property
     def steps(self) -> int:
         """Minibatches in all the local epochs of a typical device."""
         return self.local_epochs * max(1, -(-self.rows // self.batch))

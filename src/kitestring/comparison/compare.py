@@ -73,10 +73,11 @@ def load(folder: Path) -> Comparison:
 
 def _with_sources(chosen: list[Method], task: Task | Recorded, names: set[str]) -> list[Method]:
     """Add what the chosen methods start from, and device only, which all are held against."""
-    wanted = {m.name for m in chosen} | {"device_only"}
-    for method in chosen:
-        programs = {*method.after, method.about.large} - {""}
-        wanted |= {POOL_TRAINED[program] for program in programs}
+    wanted, new = set[str](), {m.name for m in chosen} | {"device_only"}
+    while new:
+        wanted |= new
+        programs = {p for name in new for p in (*METHODS[name].after, METHODS[name].about.large)}
+        new = {POOL_TRAINED[program] for program in programs if program} - wanted
     return [
         m for m in METHODS.values() if m.name in wanted and missing(task, names, m.about) is None
     ]

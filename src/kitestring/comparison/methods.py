@@ -9,11 +9,15 @@ from typing import Any
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.baselines import pool_trained
 from kitestring.collaborate.baselines.device_only import DeviceOnly
+from kitestring.collaborate.baselines.distilled import Distilled, EightBits
 from kitestring.collaborate.baselines.pooled import Pooled
 from kitestring.collaborate.data.coda import CoDA
 from kitestring.collaborate.features.fedgkt import FedGKT
+from kitestring.collaborate.features.learn_back import LearnBack
 from kitestring.collaborate.features.splitnn import SplitNN
 from kitestring.collaborate.parameters.fedavg import FedAvg
+from kitestring.collaborate.parameters.personal import Personal
+from kitestring.collaborate.request.bottleneck import Bottleneck
 from kitestring.collaborate.request.cascade import Cascade
 from kitestring.collaborate.request.early_exit import EarlyExit
 from kitestring.errors import unknown
@@ -31,7 +35,8 @@ class Method:
     hidden: bool = False
 
 
-POOL_TRAINED = {"large": "cloud_only", "small": "shipped", "joint": "joint"}
+POOL_TRAINED = {"large": "cloud_only", "small": "shipped", "joint": "joint",
+                "distilled": "distilled"}  # fmt: skip
 """Which method trains a program on the cloud's pool."""
 
 METHODS: Mapping[str, Method] = {
@@ -41,10 +46,15 @@ METHODS: Mapping[str, Method] = {
         Method("device_only", DeviceOnly.about, DeviceOnly.trials),
         Method("pooled", Pooled.about, Pooled.trials, ("large",)),
         Method("shipped", pool_trained.SHIPPED, lambda b: pool_trained.trials("small", b)),
+        Method("distilled", Distilled.about, Distilled.trials, ("large",)),
+        Method("eight_bits", EightBits.about, EightBits.trials, ("distilled",)),
+        Method("personal", Personal.about, Personal.trials, ("distilled",)),
         Method("fedavg", FedAvg.about, FedAvg.trials, ("small",)),
         Method("splitnn", SplitNN.about, SplitNN.trials, ("joint",)),
         Method("fedgkt", FedGKT.about, FedGKT.trials, ("joint",)),
+        Method("learn_back", LearnBack.about, LearnBack.trials, ("joint",)),
         Method("coda", CoDA.about, CoDA.trials, ("small",)),
+        Method("bottleneck", Bottleneck.about, Bottleneck.trials, ("joint",)),
         Method("cascade", Cascade.about, Cascade.trials, ("small", "large")),
         Method("early_exit", EarlyExit.about, EarlyExit.trials, ("joint",)),
         Method(

@@ -19,7 +19,7 @@ import numpy as np
 from kitestring.core import KINDS, Array, Kind, Message, Rows, Tree
 from kitestring.errors import BadBytes
 
-DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")
+DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool", "int8")
 _CODES = {np.dtype(name): code for code, name in enumerate(DTYPES)}
 _RAGGED = 0x80
 

@@ -6,8 +6,13 @@ small.exit                     -> answer, entropy, h: what an early exit decides
 small.loss     x, y            -> loss, one a row
 small.distill  x, y, teacher   -> trains on labels and on a teacher's outputs
 front          x               -> h
+distilled      x               -> the small model once more, taught by the large one on the pool
 server(.distill, .answer)  h   -> out: the cloud's large back on the device's features
+server.taught  h, y, teacher   -> trains on a teacher's outputs alone, where y is not below 0
 joint          x               -> out: front with both backs, trained together on the pool
+bottleneck     x               -> out: front, encoder, rounding, decoder and the cloud's large back
+encoder        x               -> code in [0, 1]: what the device computes of it
+decoder.answer code            -> out: what the cloud does
 large(.answer) x               -> out
 critic         h               -> out: own samples against others, a logit
 """
@@ -15,6 +20,7 @@ critic         h               -> out: own samples against others, a logit
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kitestring.collaborate.request.bottleneck import BITS
 from kitestring.devices.fit.programs import Batch, Program
 from kitestring.errors import TaskError
 from kitestring.tasks.task import Array, Recorded, Task
@@ -134,6 +141,44 @@ class _Joint(nn.Module):
         return {"out": self.server(h), "small": self.back(h)}
 
 
+class _Encoded(nn.Module):
+    """The device's half of a bottleneck."""
+
+    def __init__(self, front: nn.Module, encoder: nn.Module) -> None:
+        super().__init__()
+        self.front, self.encoder = front, encoder
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"code": self.encoder(self.front(batch["x"])).sigmoid()}
+
+
+class _Decoded(nn.Module):
+    """The cloud's half."""
+
+    def __init__(self, decoder: nn.Module, server: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.server = decoder, server
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"out": self.server(self.decoder(batch["code"]))}
+
+
+class _Bottleneck(nn.Module):
+    """Both, and between them as many levels as cross."""
+
+    def __init__(self, near: _Encoded, far: _Decoded, levels: int) -> None:
+        super().__init__()
+        self.front, self.encoder = near.front, near.encoder
+        self.decoder, self.server = far.decoder, far.server
+        self.levels = levels
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        code = self.encoder(self.front(batch["x"])).sigmoid()
+        whole = (code.detach() * self.levels + 0.5).floor() / self.levels
+        code = code + (whole - code.detach())
+        return {"out": self.server(self.decoder(code))}
+
+
 class _Named(nn.Module):
     """One module under a name of its own, from one column to one output."""
 
@@ -173,6 +218,9 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
     def taught(outputs: Batch, batch: Batch) -> Tensor:
         return plain(outputs, batch) + far(outputs["out"], batch["teacher"], batch["y"])
 
+    def told(outputs: Batch, batch: Batch) -> Tensor:
+        return far(outputs["out"], batch["teacher"], batch["y"])
+
     def asked(outputs: Batch) -> Tensor:
         return outputs["out"][:, -1] if task.asks == "last" else outputs["out"]
 
@@ -186,6 +234,7 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
         "small.answer": Program("small.answer", small, after=answered),
         "small.loss": Program("small.loss", small, after=lambda o, b: {"loss": plain(o, b)}),
         "small.distill": Program("small.distill", small, taught),
+        "distilled": Program("distilled", small, taught),
         "large": Program("large", big, plain),
         "large.answer": Program("large.answer", big, after=answered),
     }
@@ -217,6 +266,8 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
     if unsure is not None:
         made["small.exit"] = Program("small.exit", small, after=exited)
 
+    near, far_half = _halves(h, front, server)
+
     def both(outputs: Batch, batch: Batch) -> Tensor:
         return plain(outputs, batch) + loss(outputs["small"], batch["y"])
 
@@ -224,8 +275,12 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
         "front": Program("front", _Named("front", front, "x", "h")),
         "server": Program("server", ended, plain),
         "server.distill": Program("server.distill", ended, taught),
+        "server.taught": Program("server.taught", ended, told),
         "server.answer": Program("server.answer", ended, after=answered),
         "joint": Program("joint", _Joint(front, back, server), both),
+        "bottleneck": Program("bottleneck", _Bottleneck(near, far_half, 2**BITS - 1), plain),
+        "encoder": Program("encoder", near),
+        "decoder.answer": Program("decoder.answer", far_half, after=answered),
         "critic": Program(
             "critic", _Named("critic", critic, "h"), lambda o, b: binary(o["out"], b["y"])
         ),
@@ -244,6 +299,18 @@ def _server(h: Tensor, width: int, answers: int, out: Tensor) -> nn.Module:
     if out.ndim == 1:
         layers.append(nn.Flatten(0))
     return nn.Sequential(*layers)
+
+
+def _halves(h: Tensor, front: nn.Module, server: nn.Module) -> tuple[_Encoded, _Decoded]:
+    """An eighth of the features but not below eight, an even number: of the last axis, or of the
+    channels of maps."""
+    maps = h.ndim == 4
+    wide = int(h.shape[1] if maps else h.shape[-1])
+    few = max(2, min(wide, max(8, wide // 8)) // 2 * 2)
+    layer: Callable[[int, int], nn.Module] = (
+        partial(nn.Conv2d, kernel_size=1) if maps else nn.Linear
+    )
+    return _Encoded(front, layer(wide, few)), _Decoded(layer(few, wide), server)
 
 
 def _made(task: Task, which: str) -> nn.Module:

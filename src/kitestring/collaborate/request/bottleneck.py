@@ -1,0 +1,136 @@
+"""Bottleneck: split inference whose features are made few, and few bits each, by learned layers.
+
+Shao, Zhang: "BottleNet++: an end-to-end approach for feature compression in device-edge
+co-inference systems", ICC 2020, arXiv 1910.14315, section III: an encoder on the device ends in a
+sigmoid, what it gives is quantised, a decoder in the cloud goes on from it, and all of it is trained
+end to end. Their noisy channel and the entropy coder are left out. Rounding passes gradients as
+they are (straight through: Bengio et al., arXiv 1308.3432, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+
+from kitestring.collaborate.about import About, Budget
+from kitestring.collaborate.baselines.pool_trained import cosine
+from kitestring.collaborate.services import nothing_sent
+from kitestring.collaborate.steps import recipe
+from kitestring.core import (
+    Ask,
+    Chunk,
+    Cloud,
+    Crossing,
+    Decision,
+    Devices,
+    Lane,
+    Message,
+    Rows,
+    Tree,
+)
+
+BITS = 4
+"""Of a feature as it crosses; two to a byte. The program `bottleneck` is trained with as many."""
+_MOST = 2**BITS - 1
+
+
+@dataclass(frozen=True)
+class State:
+    round: int
+    weights: Tree = field(default_factory=Tree)  # front.*, encoder.*, decoder.* and server.*
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    rounds: int = 10
+    epochs: int = 3
+    batch: int = 32
+    lr: float = 1e-3
+    optimiser: str = "adam"
+
+    crosses: ClassVar[Crossing] = {}
+    state_type: ClassVar[type[State]] = State
+    about: ClassVar[About] = About(
+        "Bottleneck",
+        "request",
+        "Shao & Zhang 2020",
+        "A cut model whose features are squeezed by learned layers and cross in 4 bits each.",
+        needs=("models", "pool", "split"),
+    )
+
+    @staticmethod
+    def trials(budget: Budget) -> list[Bottleneck]:
+        rounds = min(10, budget.cloud_epochs)
+        epochs, batch = budget.cloud_epochs // rounds, budget.cloud_batch
+        return [
+            Bottleneck(rounds, epochs, batch, lr, budget.cloud_optimiser) for lr in budget.cloud_lrs
+        ]
+
+    def install(self, devices: Devices) -> Tree:
+        return Tree()
+
+    def init(self, cloud: Cloud, seed: int) -> State:
+        start = cloud.pretrained("joint").pick("front.", "server.")
+        return State(0, Tree({**cloud.initial("bottleneck"), **start}))
+
+    def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
+        done = state.round == self.rounds or cloud.data is None
+        return None if done else [Ask("think", np.array([], np.int64))]
+
+    def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
+        return Message(), Tree()
+
+    def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
+        for _ in chunks:
+            pass
+        assert cloud.data is not None
+        slower = replace(recipe(self), lr=cosine(self.lr, state.round, self.rounds))
+        fit = cloud.fit("bottleneck", state.weights, cloud.data, slower)
+        return State(state.round + 1, fit.parameters)
+
+    def serve(self) -> Squeezed:
+        return Squeezed()
+
+
+def packed(code: Rows) -> Rows:
+    """Features in [0, 1], [D, L, ..., k] with k even -> bytes [D, L, ..., k / 2]."""
+    levels = np.floor(code.values * np.float32(_MOST) + np.float32(0.5)).astype(np.uint8)
+    return Rows(levels[..., 0::2] * np.uint8(_MOST + 1) + levels[..., 1::2], code.n)
+
+
+def unpacked(sent: Rows) -> Rows:
+    """Features in [0, 1] from what `packed` made of them."""
+    levels = np.stack([sent.values >> BITS, sent.values & _MOST], axis=-1)
+    shape = (*sent.values.shape[:-1], 2 * sent.values.shape[-1])
+    return Rows(levels.reshape(shape).astype(np.float32) / np.float32(_MOST), sent.n)
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """The device computes front and encoder, a few bits go up, and the cloud answers."""
+
+    crosses: ClassVar[Crossing] = {
+        "deploy": Lane(down={"parameters": ("front.*", "encoder.*")}),
+        "request": Lane(up={"features": ("code",)}, down={"features": ("answer",)}),
+    }
+
+    def deploy(self, state: State) -> Tree:
+        return state.weights.pick("front.", "encoder.")
+
+    def decide(self, devices: Devices, deployed: Tree) -> Decision:
+        code: Rows = devices.predict("encoder", deployed, {"x": devices.data["x"]})["code"]
+        sent = packed(code)
+        return Decision(Tree(answer=sent), sent.mask(), Message(features=Tree(code=sent)))
+
+    def answer(self, state: State, up: Message, cloud: Cloud) -> Message:
+        far = state.weights.pick("decoder.", "server.")
+        found = cloud.predict("decoder.answer", far, {"code": unpacked(up.features["code"])})
+        return Message(features=Tree(answer=found["answer"]))
+
+    def merge(
+        self, devices: Devices, deployed: Tree, decision: Decision, down: Message
+    ) -> Decision:
+        return Decision(Tree(answer=down.features["answer"]), nothing_sent(devices), Message())

@@ -1,0 +1,1 @@
+"""Distilling language models, on their own samples too."""

@@ -1,0 +1,1 @@
+"""Fewer bits for each weight, and for what passes between layers."""

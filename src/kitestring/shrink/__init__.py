@@ -1,0 +1,1 @@
+"""What of a large model fits a device: searched, measured, chosen and packed."""
