@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Recipe:
 
 @cache
 def texts() -> Mapping[str, Tensor]:
-    """"train", "validation", "test": character ids in one line each, file after file."""
+    """ "train", "validation", "test": character ids in one line each, file after file."""
     code = {c: i for i, c in enumerate(ALPHABET)}
     parts: dict[str, list[list[int]]] = {"train": [], "validation": [], "test": []}
     for _, content in sorted(read_all(PLAYS).items()):
@@ -57,7 +58,7 @@ def texts() -> Mapping[str, Tensor]:
         parts["train"].append(ids[:first])
         parts["validation"].append(ids[first:second])
         parts["test"].append(ids[second:])
-    return {name: torch.tensor(sum(found, [])) for name, found in parts.items()}
+    return {name: torch.tensor(list(chain.from_iterable(found))) for name, found in parts.items()}
 
 
 def windows(split: str, count: int, seed: int, length: int = CONTEXT + 1) -> Tensor:
@@ -82,7 +83,9 @@ def nats(model: torch.nn.Module, rows: Tensor) -> float:
     total = 0.0
     for part in rows.split(64):
         out = model(part[:, :-1])
-        total += float(functional.cross_entropy(out.flatten(0, 1), part[:, 1:].flatten()) * len(part))
+        total += float(
+            functional.cross_entropy(out.flatten(0, 1), part[:, 1:].flatten()) * len(part)
+        )
     return total / len(rows)
 
 
@@ -97,12 +100,14 @@ def home() -> Path:
     return Path(os.environ.get("KITESTRING_CACHE") or "~/.cache/kitestring").expanduser() / "models"
 
 
-def large(recipe: Recipe = Recipe(), config: LlamaConfig = LARGE) -> tuple[Llama, dict[str, Any]]:  # noqa: B008
+def large(recipe: Recipe = Recipe(), config: LlamaConfig = LARGE) -> tuple[Llama, dict[str, Any]]:
     """The trained model and what its training was: {"recipe", "config", "curve", "seconds"}.
 
     `curve` has [step, validation nats]; `seconds` are of one thread."""
     said = {"recipe": asdict(recipe), "config": asdict(config), "text": PLAYS.sha256}
-    name = f"shakespeare-{config.num_hidden_layers}x{config.hidden_size}-{recipe.steps}-{recipe.seed}"
+    name = (
+        f"shakespeare-{config.num_hidden_layers}x{config.hidden_size}-{recipe.steps}-{recipe.seed}"
+    )
     file = home() / f"{name}.pt"
     torch.manual_seed(recipe.seed)
     model = Llama(config)
