@@ -20,6 +20,7 @@ from kitestring.extras import need
 from kitestring.measure import command as measuring
 from kitestring.pack import command as packing
 from kitestring.partition import command as cutting
+from kitestring.shrink import command as shrinking
 
 if TYPE_CHECKING:
     from kitestring.comparison.results import Comparison
@@ -70,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
         help="of products in training; what is kept, sent and served is float32 (float32)",
     )  # fmt: skip
     what.add_argument(
+        "--shrunk", metavar="DIR", default="",
+        help="rows for the models that `shrink` found too: its folder",
+    )  # fmt: skip
+    what.add_argument(
         "--lost",
         type=float,
         default=0.0,
@@ -95,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add(commands)
     measuring.add(commands)
     cutting.add(commands)
+    shrinking.add(commands)
     return top
 
 
@@ -112,11 +118,13 @@ def _judging(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done. 2: one line on standard error says what is wrong. 130: interrupted."""
+    """0: done. 2: one line on standard error says what is wrong. 3: done, and nothing meets what was
+    asked for (`shrink`). 130: interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(arguments)
     try:
-        _COMMANDS[given.command](given, "kitestring " + " ".join(_quoted(a) for a in arguments))
+        words = " ".join(_quoted(a) for a in arguments)
+        return _COMMANDS[given.command](given, f"kitestring {words}") or 0
     except KitestringError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -131,7 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unexpected {type(error).__name__}: {line}. "
             "This is a fault of Kitestring: KITESTRING_DEBUG=1 shows where, please report it"
         )
-    return 0
 
 
 def run() -> int:
@@ -177,6 +184,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
         device=given.device,
         precision=given.precision,
         lost=given.lost,
+        shrunk=given.shrunk,
     )
     if given.workers is not None and given.workers < 1:
         raise SettingError(f"--workers {given.workers} is too small", mend="Give 1 or more")
@@ -241,10 +249,11 @@ def _tasks(given: Any, command: str) -> None:
         print(f"{name:12} {about}")
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace, str], None]] = {
+_COMMANDS: dict[str, Callable[[argparse.Namespace, str], int | None]] = {
     "compare": _compare, "report": _report, "tasks": _tasks,
     "pack": packing.pack, "show": packing.show, "keys": packing.new_key,
     "export": exporting.run, "measure": measuring.run, "cut": cutting.run,
+    "shrink": shrinking.run,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ class OnDevice:
     """The device answers everything, with what was deployed or with its private weights."""
 
     private: bool = False
+    model: str = "small"
     crosses: ClassVar[Crossing] = {"deploy": Lane(down={"parameters": ("*",)}), "request": Lane()}
 
     def deploy(self, state: Any) -> Tree:
@@ -27,7 +28,7 @@ class OnDevice:
 
     def decide(self, devices: Devices, deployed: Tree) -> Decision:
         weights = devices.private if self.private else deployed
-        answer = devices.predict("small.answer", weights, devices.data)
+        answer = devices.predict(f"{self.model}.answer", weights, devices.data)
         return Decision(answer, nothing_sent(devices), Message())
 
     def answer(self, state: Any, up: Message, cloud: Cloud) -> Message:

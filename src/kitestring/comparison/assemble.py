@@ -13,9 +13,10 @@ import numpy as np
 
 from kitestring import __version__
 from kitestring.collaborate.about import Budget
+from kitestring.comparison import shrunk
 from kitestring.comparison.board import Board
 from kitestring.comparison.jobs import Bench
-from kitestring.comparison.methods import METHODS, POOL_TRAINED, Method, shown
+from kitestring.comparison.methods import POOL_TRAINED, Method
 from kitestring.comparison.order import Order, missing
 from kitestring.comparison.results import (
     Comparison,
@@ -43,8 +44,8 @@ def assemble(
         int(sum(p.numel() for p in bench.compute(0).program(which).module.parameters()))
         for which in ("small", "large")
     ]
-    rows = [_row(m, task, names, shared, board, bench) for m in shown(order.only)]
-    said = [*task.notes, *notes, *_one_by_one(rows)]
+    rows = [_row(m, task, names, shared, board, bench) for m in order.shown]
+    said = [*task.notes, *notes, *_one_by_one(rows), *shrunk.note(order.shrunk)]
     if isinstance(task, Recorded):
         said.append(_RECORDED)
     elif order.precision == "bfloat16":
@@ -166,10 +167,11 @@ def _seed(
     )
 
 
-def spent(board: Board) -> list[Spent]:
+def spent(order: Order, board: Board) -> list[Spent]:
     """Of every job: trials, seeds, and what was trained on the pool for others."""
+    methods = order.methods
     return [
-        Spent(METHODS[method].about.title, split == "validation", found["spent"])
+        Spent(methods[method].about.title, split == "validation", found["spent"])
         for (method, _, _, split), found in board.found.items()
     ]
 

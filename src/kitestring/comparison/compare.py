@@ -12,15 +12,16 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from kitestring.comparison import shrunk
 from kitestring.comparison.assemble import assemble, cores, spent
 from kitestring.comparison.board import Board
 from kitestring.comparison.jobs import Bench
-from kitestring.comparison.methods import METHODS, POOL_TRAINED, Method, shown
+from kitestring.comparison.methods import POOL_TRAINED, Method
 from kitestring.comparison.order import Order, budget, missing
 from kitestring.comparison.results import Comparison, Times, from_json, to_json
 from kitestring.comparison.workers import Listener, Workers
@@ -41,21 +42,23 @@ def compare(
     notes = validate(task)
     with _claimed(folder, order, resume, fresh) as begin, Workers(order, workers) as hands:
         hardware, how = profile(order.profile), order.compute
-        bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
+        shrunk.of_task(order.shrunk, task.name)
+        bench = Bench(task, hardware, how, order.lost, order.device, order.precision, order.shrunk)
         programs = bench.compute(0).programs
         fits(task, programs, bench.profile)
         names = set(programs)
-        chosen = [m for m in shown(order.only) if missing(task, names, m.about) is None]
+        chosen = [m for m in order.shown if missing(task, names, m.about) is None]
         begin()
         board = Board(
-            _with_sources(chosen, task, names), folder / "jobs", order.seeds, order.trials,
+            _with_sources(order.methods, chosen, task, names), folder / "jobs",
+            order.seeds, order.trials,
             (lambda a, b: a > b) if task.metric.higher_is_better else (lambda a, b: a < b),
         )  # fmt: skip
         shared = budget(bench, order.trials)
         hands.work_off(board, shared, heard)
         wall_s = None if resume else time.perf_counter() - started
         result = assemble(order, bench, shared, board, names, notes)
-        result = replace(result, times=Times(spent(board), workers, wall_s))
+        result = replace(result, times=Times(spent(order, board), workers, wall_s))
         write_whole(folder / "comparison.json", json.dumps(to_json(result)))
     return result
 
@@ -71,15 +74,17 @@ def load(folder: Path) -> Comparison:
         raise RunError(f"cannot be read: {problem}", str(path), "Run compare again") from None
 
 
-def _with_sources(chosen: list[Method], task: Task | Recorded, names: set[str]) -> list[Method]:
+def _with_sources(
+    methods: Mapping[str, Method], chosen: list[Method], task: Task | Recorded, names: set[str]
+) -> list[Method]:
     """Add what the chosen methods start from, and device only, which all are held against."""
     wanted, new = set[str](), {m.name for m in chosen} | {"device_only"}
     while new:
         wanted |= new
-        programs = {p for name in new for p in (*METHODS[name].after, METHODS[name].about.large)}
+        programs = {p for name in new for p in (*methods[name].after, methods[name].about.large)}
         new = {POOL_TRAINED[program] for program in programs if program} - wanted
     return [
-        m for m in METHODS.values() if m.name in wanted and missing(task, names, m.about) is None
+        m for m in methods.values() if m.name in wanted and missing(task, names, m.about) is None
     ]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kitestring.collaborate.baselines.pool_trained import State
+from kitestring.comparison import shrunk
 from kitestring.comparison.clock import MODELS, SCORES, STATE, Clock
 from kitestring.comparison.results import Learning, Serving, Traffic
 from kitestring.core import Rows, Tree, run, serve
@@ -60,6 +61,7 @@ class Bench:
     lost: float
     device: str = "cpu"
     precision: Precision = "float32"
+    shrunk: str = ""  # the folder of a search, whose models are programs too
 
     def __post_init__(self) -> None:
         users = self.task.users
@@ -85,7 +87,9 @@ class Bench:
         if isinstance(self.task, Recorded):
             return recorded_programs(self.task)
         first = self.task.users.load(self.task.users.devices[0])["train"]["x"]
-        return programs(self.task, seed, np.asarray(first[:2]))
+        some = np.asarray(first[:2])
+        more = shrunk.programs(self.task, self.shrunk, seed, some)
+        return {**programs(self.task, seed, some), **more}
 
     def chunk(self) -> int:
         """Devices at a time: enough to spread the cost of a step, few enough to fit the caches.

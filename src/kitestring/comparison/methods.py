@@ -68,13 +68,16 @@ METHODS: Mapping[str, Method] = {
 }  # fmt: skip
 
 
-def shown(names: Sequence[str] | None = None) -> list[Method]:
-    """The methods of those names, or all that have a row."""
+def shown(
+    names: Sequence[str] | None = None, more: Mapping[str, Method] | None = None
+) -> list[Method]:
+    """The methods of those names, or all that have a row; `more` have one whatever is named."""
     known = [m.name for m in METHODS.values() if not m.hidden]
     for name in names or ():
         if name not in known:
             raise unknown("collaboration", name, known)
-    return [METHODS[name] for name in known if not names or name in names]
+    chosen = [METHODS[name] for name in known if not names or name in names]
+    return [*chosen, *(more or {}).values()]
 
 
 def table() -> str:

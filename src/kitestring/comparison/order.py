@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kitestring.collaborate.about import NEEDS, About, Budget
+from kitestring.comparison import shrunk
 from kitestring.comparison.jobs import Bench
-from kitestring.comparison.methods import shown
+from kitestring.comparison.methods import METHODS, Method, shown
 from kitestring.devices.fit.compute import How, known, usable
 from kitestring.devices.fit.programs import Precision
 from kitestring.devices.profiles import fingerprint, profile
@@ -24,8 +26,8 @@ from kitestring.tasks.task import Recorded, Task
 class Order:
     """What to compare: plain values, kept with the run so that a resumed one is the same.
 
-    `profile_file` is set here: the fingerprint of a profile that is a file, so that a run is not
-    resumed with another device."""
+    `profile_file` and `shrunk_file` are set here: the fingerprints of a profile that is a file and
+    of a search's results, so that a run is not resumed with others."""
 
     task: str = "digits"
     csv: str | None = None
@@ -40,7 +42,9 @@ class Order:
     device: str = "cpu"
     precision: Precision = "float32"
     lost: float = 0.0
+    shrunk: str = ""  # the folder of a finished search, whose models get rows
     profile_file: str = ""
+    shrunk_file: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("trials", 1), ("users", 4)):
@@ -52,6 +56,7 @@ class Order:
         shown(self.only)
         profile(self.profile)
         object.__setattr__(self, "profile_file", fingerprint(self.profile))
+        object.__setattr__(self, "shrunk_file", shrunk.fingerprint(self.shrunk))
         usable(self.device)
         known(self.precision)
 
@@ -60,6 +65,16 @@ class Order:
             task = task_from_csv(Path(self.csv), self.user, self.target)
             return first_users(task, self.users) if self.users else task
         return find(self.task, self.users)
+
+    @property
+    def shown(self) -> list[Method]:
+        """What has a row."""
+        return shown(self.only, shrunk.methods(self.shrunk))
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """All that there are, by name."""
+        return {**METHODS, **shrunk.methods(self.shrunk)}
 
     @property
     def title(self) -> str:

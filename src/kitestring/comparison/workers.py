@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from kitestring.collaborate.about import Budget
 from kitestring.comparison.board import Board
 from kitestring.comparison.forks import context
 from kitestring.comparison.jobs import Bench, Job, work
-from kitestring.comparison.methods import METHODS
+from kitestring.comparison.methods import Method
 from kitestring.comparison.order import Order
 from kitestring.devices.fit.compute import thread_per_process
 from kitestring.devices.profiles import profile
@@ -98,6 +99,7 @@ def _pass_on(heard: Any, listener: Listener | None) -> None:
 # In a worker
 
 _bench: Bench
+_methods: Mapping[str, Method]
 _heard: Any
 
 
@@ -106,12 +108,12 @@ def _ready() -> None:
 
 
 def _prepare(order: Order, heard: Any) -> None:
-    global _bench, _heard
+    global _bench, _methods, _heard
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     thread_per_process()
     task, hardware, how = order.load(), profile(order.profile), order.compute
-    _bench = Bench(task, hardware, how, order.lost, order.device, order.precision)
-    _heard = heard
+    _bench = Bench(task, hardware, how, order.lost, order.device, order.precision, order.shrunk)
+    _methods, _heard = order.methods, heard
     gc.freeze()  # what is there stays: the collector of cycles need not walk all of torch again
 
 
@@ -125,7 +127,7 @@ def _leave_with_parent() -> None:
 
 
 def _do(job: Job, shared: Budget) -> dict[str, Any]:
-    collaboration = METHODS[job.method].trials(shared)[job.trial]
+    collaboration = _methods[job.method].trials(shared)[job.trial]
     last = 0.0
 
     def progress(done: float) -> None:
