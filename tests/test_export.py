@@ -349,7 +349,9 @@ def _columns(kind: str, name: str, program: Program, rows: Any) -> dict[str, Row
     if name == "critic":
         found = {"h": drawn(6), "y": Rows((rows["x"].n[:, None] > 3) * np.ones(first.shape[:2],
                  np.float32), first.n)}  # fmt: skip
-    if name.endswith("distill"):
+    if name == "decoder.answer":
+        found = {"code": drawn(*h)}
+    if name.endswith(("distill", "taught")):
         found["teacher"] = drawn(*out)
     return found
 

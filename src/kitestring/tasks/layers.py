@@ -46,12 +46,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """`hidden` [n or 1, 1, T, T] is added to the attention scores: 0, or far below."""
-        n, length, width = x.shape
-        parts = self.qkv(self.norm(x)).reshape(n, length, 3, self.heads, width // self.heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads) + hidden
-        mixed = (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).reshape(n, length, width)
-        x = x + self.dropout(self.out(mixed))
+        parts = self.qkv(self.norm(x))
+        n, length, whole = parts.shape
+        each = whole // (3 * self.heads)  # of a head; there may be fewer than share the width
+        q, k, v = parts.reshape(n, length, 3, self.heads, each).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(each) + hidden
+        mixed = (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2)
+        x = x + self.dropout(self.out(mixed.reshape(n, length, whole // 3)))
         return x + cast(Tensor, self.dropout(self.feed(x)))
 
 

@@ -6,7 +6,7 @@ small.exit                     -> answer, entropy, h: what an early exit decides
 small.loss     x, y            -> loss, one a row
 small.distill  x, y, teacher   -> trains on labels and on a teacher's outputs
 front          x               -> h
-distilled      x               -> the small model once more, taught by the large one on the pool
+distilled      x               -> the small model once more: under this name the cloud teaches it
 server(.distill, .answer)  h   -> out: the cloud's large back on the device's features
 server.taught  h, y, teacher   -> trains on a teacher's outputs alone, where y is not below 0
 joint          x               -> out: front with both backs, trained together on the pool
@@ -234,7 +234,7 @@ def programs(task: Task, seed: int, some_x: Array) -> dict[str, Program]:
         "small.answer": Program("small.answer", small, after=answered),
         "small.loss": Program("small.loss", small, after=lambda o, b: {"loss": plain(o, b)}),
         "small.distill": Program("small.distill", small, taught),
-        "distilled": Program("distilled", small, taught),
+        "distilled": Program("distilled", small, plain),
         "large": Program("large", big, plain),
         "large.answer": Program("large.answer", big, after=answered),
     }

@@ -47,7 +47,7 @@ class Personal:
     batch: int = 10
     lr: float = 0.1
     optimiser: str = "sgd"
-    train: str = "back"  # how the names of the user's own weights begin
+    train: str = "back"  # how the names of the user's own weights begin; commas separate several
     held: float = 0.2  # of a device's own rows, to judge by; 0: the last round is kept
     start: str = "distilled"  # the program that the cloud trained, and sends
 
@@ -82,7 +82,7 @@ class Personal:
 
     def _kept(self, best: Tree, now: Tree, loss: Array) -> Tree:
         """The best model so far, the user's part as it is trained, and the best's loss [D]."""
-        return Tree({**best.inside("best."), **now.pick(self.train).inside("now."), "loss": loss})
+        return Tree({**best.inside("best."), **now.pick(*self.train.split(",")).inside("now."), "loss": loss})
 
     def init(self, cloud: Cloud, seed: int) -> State:
         return State(0, cloud.pretrained(self.start))
@@ -102,9 +102,9 @@ class Personal:
         else:
             best, least = devices.private.below("best."), devices.private["loss"]
             now = Tree({**best, **devices.private.below("now.")})
-        fit = devices.fit("small", now, train, replace(recipe(self), train=(self.train,)))
+        fit = devices.fit("small", now, train, replace(recipe(self), train=tuple(self.train.split(","))))
         now, loss = fit.parameters, self._loss(fit.parameters, check, devices)
-        user = now.pick(self.train)
+        user = now.pick(*self.train.split(","))
         better = {k: _where(loss <= least, a, best[k]) for k, a in user.items()}
         return Message(), self._kept(
             Tree({**best, **better}), now, np.where(loss <= least, loss, least)
