@@ -56,6 +56,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "llama_cpp": ("kitestring.export", "kitestring.measure"),
     "onnxruntime": ("kitestring.devices.runtime", "kitestring.export", "kitestring.measure"),
     "onnx": ("kitestring.export", "kitestring.pack", "kitestring.measure"),
+    "onnxscript": ("kitestring.export",),
     "torch": (
         *("kitestring.devices.fit", "kitestring.export", "kitestring.tasks", "kitestring.apps"),
         *("kitestring.measure", "kitestring.partition", "kitestring.compress", "kitestring.shrink"),

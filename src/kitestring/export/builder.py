@@ -20,6 +20,10 @@ from kitestring.export.sizes import Dim, Shape, Size, broadcast, times
 OPSET, IR = 18, 8
 """ONNX 1.13 of December 2022; ONNX Runtime reads it from 1.14 on."""
 LEAST_RUNTIME = "1.14"
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators; a graph that uses none does not name it."""
+LEAST_OF_MICROSOFT = "1.17"
+"""The ONNX Runtime that has those which are used here, MatMulNBits with an accuracy level."""
 _FEW = 1024  # numbers that are written out rather than broadcast by a node
 _ENDS = 2**31 - 1  # beyond every size, and in 32 bits too
 
@@ -43,7 +47,11 @@ def _plain(name: str, dtype: Any, shape: Shape) -> Value:
 
 
 class Builder:
-    def __init__(self) -> None:
+    """`built_in`: weights will be constants wherever that matters. `rounds`: somewhere in the graph
+    activations are rounded."""
+
+    def __init__(self, built_in: bool = False) -> None:
+        self.built_in, self.rounds = built_in, False
         self.inputs: dict[str, Value] = {}
         self._constants: dict[str, Array] = {}
         self._nodes: list[NodeProto] = []
@@ -336,10 +344,12 @@ class Builder:
         made = [_info(name, v) for name, v in reals.items()]
         tensors = [numpy_helper.from_array(a, n) for n, a in self._constants.items() if n in needed]
         graph = helper.make_graph(nodes, "kitestring", given, made, tensors)
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == MICROSOFT for node in nodes):
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model: ModelProto = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR,
-            producer_name="kitestring",
-        )  # fmt: skip
+            graph, opset_imports=opsets, ir_version=IR, producer_name="kitestring"
+        )
         helper.set_model_props(model, dict(metadata))
         return model
 

@@ -26,6 +26,8 @@ from kitestring.errors import ExportError, SettingError
 TOLERANCE = 1e-4
 """Of an output's largest value, in float32; runtimes stay some hundred times below. Whole numbers
 must be equal."""
+ROUNDED = 2e-2
+"""The same of what rounds activations to 8 bits: see `devices.runtime.golden.ROUNDED`."""
 MOST = 16
 """Rows at a time, where a target must know how many there may be."""
 _FLOOR = 1e-3  # outputs smaller than that are compared as if they were that large

@@ -44,7 +44,7 @@ def predict_graph(program: Program, columns: Mapping[str, Rows]) -> Graph:
         names[:] = list(found)
         return list(found.values())
 
-    b, made = Builder(), dict[str, Leaf]()
+    b, made = Builder(built_in=True), dict[str, Leaf]()
     found, _ = source.lowered(b, outputs)
     for name, value in zip(names, found, strict=True):
         row = tuple(d for d in value.shape[1:] if isinstance(d, int))
@@ -158,7 +158,7 @@ class _Source:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """Of the floating-point weights and statistics, each once."""
+        """Of the weights and statistics, each once."""
         state = self.program.module.state_dict()
         return {k: state[k] for k in sorted(self.program.names) if k not in self.tied}
 
@@ -168,11 +168,12 @@ class _Source:
 
     @cached_property
     def tied(self) -> dict[str, str]:
-        """Second names of parameters -> the first."""
-        first: dict[int, str] = {}
-        found = {}
-        for name, p in self.program.module.named_parameters(remove_duplicate=False):
-            if (known := first.setdefault(id(p), name)) != name:
+        """Second names of parameters and buffers -> the first."""
+        module, first, found = self.program.module, dict[int, str](), dict[str, str]()
+        named = (*module.named_parameters(remove_duplicate=False),
+                 *module.named_buffers(remove_duplicate=False))  # fmt: skip
+        for name, p in named:
+            if (known := first.setdefault(id(p), name)) != name and name in self.program.names:
                 found[name] = known
         return found
 
@@ -267,7 +268,7 @@ class _Source:
             {k: leaf for k, leaf in self.leaves.items() if f"x:{k}" in read},
             {k: Leaf(str(a.dtype), a.shape) for k, a in self.program.initial().items()},
             unused=tuple(k for k in self.weights if f"w:{k}" not in read),
-            trainable=self.program.chosen(("",)), tied=self.tied, **more,
+            trainable=self.program.chosen(("",)), tied=self.tied, rounds=b.rounds, **more,
         )  # fmt: skip
         model = b.model(values, {KEY: about.encode()})
         return Graph(model.SerializeToString())

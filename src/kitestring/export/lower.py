@@ -13,6 +13,7 @@ from kitestring.core import Array
 from kitestring.export.builder import Builder, Value
 from kitestring.export.elementwise import ELEMENTWISE
 from kitestring.export.forms import FORMS
+from kitestring.export.integers import INTEGERS
 from kitestring.export.lookups import LOOKUPS
 from kitestring.export.operation import Lowered, Operation, Unsupported, dtype_of
 from kitestring.export.places import PLACES
@@ -24,6 +25,7 @@ from kitestring.export.tracing import DRAWS, Call, Output, Ref, Traced, refs
 
 OPERATIONS: Mapping[str, Any] = {
     **ELEMENTWISE, **FORMS, **PLACES, **SUMS, **PRODUCTS, **POOLS, **LOOKUPS,
+    **INTEGERS,
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """A module as an ONNX file: its whole forward pass, for any number of rows.
 
 Written by torch's own exporter in ordinary operators (set 18), and held against torch in stock ONNX
-Runtime: on the CPU, and through each other execution provider that is there.
+Runtime: on the CPU, and through each other execution provider that is there. Quantised layers keep
+their codes; those of 4 bits are multiplied by an operator of ONNX Runtime's own (1.17 and newer).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from kitestring.core import Array
 from kitestring.errors import ExportError
 from kitestring.export.checked import (
+    ROUNDED,
+    TOLERANCE,
     Case,
     Check,
     Died,
@@ -48,7 +51,7 @@ def to_onnx(module: nn.Module, inputs: Sequence[Input], path: Path) -> Export:
     Raises `ExportError` in one line for what ONNX lacks and for an export that disagrees with
     torch, `SettingError` where it cannot be checked or written."""
     need(("onnx", "onnxscript", "onnxruntime"), "ONNX", "'kitestring[compare]'")
-    from kitestring.export import forward
+    from kitestring.export import forward, translations
 
     where = str(path)
     size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
@@ -65,9 +68,10 @@ def to_onnx(module: nn.Module, inputs: Sequence[Input], path: Path) -> Export:
     program = forward.traced(module, inputs, where, _TRACED)
     model = _translated(program, inputs, list(wanted[0]), where)
     places = _stripped(model)
+    tolerance = ROUNDED if translations.rounds(program) else TOLERANCE
     with unproven(path) as part:
         part.write_bytes(model.SerializeToString())
-        checks, notes = _checks(part, path, cases, wanted, places)
+        checks, notes = _checks(part, path, cases, wanted, places, tolerance)
     return Export(path, tuple(checks), tuple(inputs), tuple(cases), tuple(wanted), tuple(notes))
 
 
@@ -75,13 +79,18 @@ def _translated(program: Any, inputs: Sequence[Input], outputs: list[str], where
     """ONNX's ModelProto."""
     import torch
 
-    from kitestring.export import forward
+    from kitestring.export import forward, translations
 
+    # What it optimises is that it computes what is constant: codes would become floats.
+    ours = bool(translations.operations(program))
+    how: dict[str, Any] = (
+        {"custom_translation_table": translations.table(), "optimize": False} if ours else {}
+    )
     with forward.quiet():
         try:
             made = torch.onnx.export(
                 program, (), dynamo=True, verbose=False, opset_version=OPSET,
-                input_names=[i.name for i in inputs], output_names=outputs,
+                input_names=[i.name for i in inputs], output_names=outputs, **how,
             )  # fmt: skip
         except Exception as problem:
             raise _untranslated(problem, where) from None
@@ -129,8 +138,9 @@ def _untranslated(problem: Exception, where: str) -> ExportError:
 
 
 def _checks(
-    part: Path, path: Path, cases: Sequence[Case], wanted: Sequence[Case], places: Mapping[str, str]
-) -> tuple[list[Check], list[str]]:
+    part: Path, path: Path, cases: Sequence[Case], wanted: Sequence[Case],
+    places: Mapping[str, str], tolerance: float,
+) -> tuple[list[Check], list[str]]:  # fmt: skip
     import os
 
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -152,7 +162,7 @@ def _checks(
                 raise _cannot_run(died, str(path), places) from None
             notes.append(f"not run in {runtime}: {died}")
             continue
-        checks.append(held(cases, wanted, found, path, runtime))
+        checks.append(held(cases, wanted, found, path, runtime, tolerance))
     return checks, notes
 
 

@@ -27,6 +27,7 @@ from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kitestring.compress.quantise.ops import ROUNDING
 from kitestring.export.decompositions import table
 from kitestring.export.sizes import Shape, Size, through
 
@@ -36,6 +37,7 @@ of the module happens to be one of the first."""
 MANY = 33
 """Rows that are computed beside one row, to find what depends on how many there are."""
 _CLOSE = 1e-3  # of the largest number of an output
+_STEPS = 2e-2  # the same where numbers are rounded to 8 bits: they may be taken to the next step
 _TRIES = 2  # an unlucky draw lies at the edge of a function that is not smooth
 DRAWS = "bernoulli"
 UNTRACEABLE = (
@@ -139,7 +141,8 @@ def _differs(
         except UNTRACEABLE:
             return True
     largest = max((_largest(x) for x in wanted), default=0.0)
-    return not all(_close(*pair, largest) for pair in zip(made, wanted, strict=True))
+    share = _STEPS if any(call.name in ROUNDING for call in found.calls.values()) else _CLOSE
+    return not all(_close(*pair, largest, share) for pair in zip(made, wanted, strict=True))
 
 
 class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -173,12 +176,12 @@ def _largest(x: Tensor) -> float:
     return float(sizes.max()) if x.numel() else 0.0
 
 
-def _close(made: Tensor, wanted: Tensor, largest: float) -> bool:
+def _close(made: Tensor, wanted: Tensor, largest: float, share: float) -> bool:
     """Up to axes of 1, and up to what rounding makes of slopes that cancel out."""
     if made.numel() != wanted.numel():
         return False
     a, b = (x.detach().reshape(-1).double() for x in (made, wanted))
-    within = _CLOSE * max(_largest(wanted), 0.01 * largest)
+    within = share * max(_largest(wanted), 0.01 * largest)
     return torch.allclose(a, b, rtol=0, atol=within, equal_nan=True)
 
 

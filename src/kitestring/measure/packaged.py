@@ -13,6 +13,7 @@ from kitestring.core import Array
 from kitestring.devices.runtime import golden
 from kitestring.devices.runtime.golden import Golden
 from kitestring.devices.runtime.graph import About, Graph
+from kitestring.devices.runtime.settled import settled
 from kitestring.errors import PackageError
 from kitestring.measure.subject import Subject
 from kitestring.package import archive, keys
@@ -36,7 +37,11 @@ def subjects(path: Path, trusted: list[Path], rows: int, folder: Path) -> list[S
             weights = {k: tensors[there] for k, there in programs[about.program].items()}
             given = _inputs(about, weights, _call(about, goldens), rows)
             source, values = folder / f"{number}.onnx", folder / f"{number}.npz"
-            source.write_bytes(package.files[name])
+            model = package.files[name]
+            if about.primitive == "predict":  # a device that asks again has them built in
+                built_in = {k: given.pop(k) for k in list(given) if k.startswith("w:")}
+                model = settled(model, {k: built_in[k] for k in _read(about)})
+            source.write_bytes(model)
             np.savez(values, **given)
             label = f"{about.primitive} {about.program}"
             label += f" {number}" if any(label == s.name for s in found) else ""
@@ -48,6 +53,12 @@ def subjects(path: Path, trusted: list[Path], rows: int, folder: Path) -> list[S
         what = f"something is missing in it, or is not what it should be ({problem!r})"
         raise PackageError(what, package.name, "Pack it anew") from None
     return found
+
+
+def _read(about: About) -> list[str]:
+    """The inputs that hold weights."""
+    read = about.weights.keys() - about.tied.keys() - set(about.unused)
+    return [f"w:{name}" for name in sorted(read)]
 
 
 def _call(about: About, goldens: list[Golden]) -> Golden:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from kitestring.core import Array
-from kitestring.errors import SettingError
+from kitestring.devices.runtime.graph import Graph
+from kitestring.errors import PackageError, SettingError
 from kitestring.measure import inputs as drawing
+from kitestring.measure.constants import folded
 from kitestring.measure.operations import Counted, count
 from kitestring.measure.subject import Inputs, Subject
 
@@ -65,17 +67,20 @@ class Onnx:
             raise missing("onnxruntime", "an ONNX model") from None
         self._runtime, self._subject, self._given = onnxruntime, subject, given
         self._threads = threads
+        self._settings = _settings(subject.source)
         self.label = f"ONNX Runtime {onnxruntime.__version__}"
 
-    def _session(self, options: Any) -> Any:
+    def _session(self, options: Any, model: str | bytes = "") -> Any:
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
         options.log_severity_level = 3
         # Threads that wait must sleep: the other process is on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for key, value in self._settings.items():
+            options.add_session_config_entry(key, value)
         source = self._subject.source
         try:
             return self._runtime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
+                model or source, options, providers=["CPUExecutionProvider"]
             )
         except Exception as problem:
             if starved(problem):
@@ -98,20 +103,30 @@ class Onnx:
         self._session_.run(None, self._feeds)
 
     def count(self) -> Counted:
-        """One run in a session that fuses and packs nothing and keeps a profile of itself."""
+        """One run in a session that fuses and packs nothing and keeps a profile of itself. What is
+        constant is not counted."""
         options = self._runtime.SessionOptions()
         options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_profiling = True
         with tempfile.TemporaryDirectory() as folder:
             options.profile_file_prefix = str(Path(folder) / "nodes")
-            session = self._session(options)
+            model = folded(self._subject.source, self._runtime, bool(self._settings))
+            session = self._session(options, model)
             session.run(None, self._feed(session))
             events = json.loads(Path(session.end_profiling()).read_text())
         return count(events)
 
 
 _CHECK = "Check the file; onnx.checker says more"
+
+
+def _settings(path: str) -> Mapping[str, str]:
+    """Those with which a device runs the graph, where it is one of ours."""
+    try:
+        return Graph(Path(path).read_bytes()).about.settings
+    except (OSError, PackageError):
+        return {}
 
 
 def ranges(metadata: dict[str, str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from kitestring.devices.runtime.golden import Golden
 from kitestring.devices.runtime.graph import Form
 from kitestring.devices.runtime.half import declared
 from kitestring.devices.runtime.load import RUNTIME
-from kitestring.export.builder import LEAST_RUNTIME
+from kitestring.export.builder import LEAST_OF_MICROSOFT, LEAST_RUNTIME, MICROSOFT
 from kitestring.export.graphs import Graph, backward_graph, predict_graph, step_graph
 from kitestring.pack.recording import plans
 from kitestring.pack.rehearse import rehearse
@@ -78,7 +78,8 @@ def build(source: Source, told: Told = lambda _: None) -> Built:
         goldens.append(_golden(compute, call))
     told("checking")
     initial = {name: compute.initial(name) for name in sorted({c.program for c in calls})}
-    checked = golden.check(goldens, OrtCompute(graphs, initial))
+    abouts = [Graph(model).about for model in graphs.values()]
+    checked = golden.check(goldens, OrtCompute(graphs, initial), abouts)
     service = collaboration.serve()
     state = rehearsal.start if source.state is None else source.state
     tensors, named = _shared({**initial, "": service.deploy(state)})
@@ -110,9 +111,16 @@ def build(source: Source, told: Told = lambda _: None) -> Built:
 def _runtime(graphs: Mapping[str, bytes]) -> dict[str, Any]:
     """What a device needs to run them; a build of the runtime may leave out all other operators."""
     models = [onnx.load_from_string(blob) for blob in graphs.values()]
-    opset = max((o.version for m in models for o in m.opset_import), default=0)
-    names = sorted({node.op_type for m in models for node in m.graph.node})
-    return {"name": RUNTIME, "least": LEAST_RUNTIME, "opset": opset, "operators": names}
+    opsets = [o for m in models for o in m.opset_import]
+    opset = max((o.version for o in opsets if not o.domain), default=0)
+    own = any(o.domain == MICROSOFT for o in opsets)
+    names = sorted({_operator(node) for m in models for node in m.graph.node})
+    least = LEAST_OF_MICROSOFT if own else LEAST_RUNTIME
+    return {"name": RUNTIME, "least": least, "opset": opset, "operators": names}
+
+
+def _operator(node: Any) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
 
 
 def _programs(task: Task | Recorded, seed: int) -> Any:
@@ -165,7 +173,7 @@ def _shared(trees: Mapping[str, Tree]) -> tuple[dict[str, Array], dict[str, dict
     for owner, tree in trees.items():
         named[owner] = {}
         for name, leaf in tree.items():
-            a = np.ascontiguousarray(leaf)
+            a = np.asarray(leaf, order="C")  # a number by itself stays one
             label = known.setdefault(
                 (a.dtype.str, a.shape, a.tobytes()), f"{owner or 'deployed'}/{name}"
             )

@@ -7,8 +7,8 @@ best by
     w -= w_j / [H^-1]_jj * [H^-1]_j          over the columns after j
 
 with H^-1 of the columns from j on. Which weights go is decided for a block of columns at a time,
-over all rows together, when the block is reached (section 3.3, "adaptive mask selection"); for n of
-m in each row, every m columns (section 3.4). Later layers see what the pruned earlier ones give.
+over all rows together, when the block is reached ("adaptive mask selection"); for n of m in each
+row, every m columns. Later layers see what the pruned earlier ones give.
 """
 
 from __future__ import annotations

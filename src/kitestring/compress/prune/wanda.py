@@ -1,7 +1,7 @@
 """Wanda: of each output's weights those go that add least to it on real inputs.
 
 Sun, Liu, Bair, Kolter: "A Simple and Effective Pruning Approach for Large Language Models", ICLR
-2024, arXiv 2306.11695, section 3 and algorithm 1: the score of W_ij is |W_ij| ||X_j||_2, compared
+2024, arXiv 2306.11695, section 3: the score of W_ij is |W_ij| ||X_j||_2, compared
 within row i; what is left is not changed. Later layers see what the pruned earlier ones give.
 """
 

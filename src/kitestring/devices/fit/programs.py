@@ -123,9 +123,9 @@ class Program:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Of the floating-point weights and statistics."""
+        """Of the weights and statistics: floats, and the codes of quantised weights."""
         state = self.module.state_dict()
-        return frozenset(name for name, v in state.items() if v.is_floating_point())
+        return frozenset(name for name, v in state.items() if carried(v))
 
     def check(self, weights: Tree) -> None:
         """All must be given: what is left out would be another device's, computed before."""
@@ -135,14 +135,12 @@ class Program:
             raise TaskError(f"program {self.name!r} {what} the weight {odd[0]!r}")
 
     def initial(self) -> Tree:
-        """Floating-point weights and statistics, without a device axis."""
+        """Weights and statistics, without a device axis."""
         state = self.module.state_dict()
-        return Tree(
-            {k: v.detach().numpy().copy() for k, v in state.items() if v.is_floating_point()}
-        )
+        return Tree({k: v.detach().numpy().copy() for k, v in state.items() if carried(v)})
 
     def resembles(self, other: Program) -> bool:
-        """The same computation but for its floating-point weights, as far as can be seen: a
+        """The same computation but for its weights, as far as can be seen: a
         module that keeps tensors of its own beside them resembles none."""
         mine, theirs = self.module.state_dict(), other.module.state_dict()
         return (
@@ -151,7 +149,7 @@ class Program:
             and all(
                 v.shape == theirs[k].shape
                 and v.dtype == theirs[k].dtype
-                and (v.is_floating_point() or bool((v == theirs[k]).all()))
+                and (carried(v) or bool((v == theirs[k]).all()))
                 for k, v in mine.items()
             )
             and self.trained == other.trained
@@ -181,6 +179,12 @@ class Program:
         if not self._draws:
             self._draws.append(trial())
         return self._draws[0]
+
+
+def carried(v: Tensor) -> bool:
+    """Whether it is a weight or a statistic: numbers of 8 bits are the codes of quantised weights,
+    wider ones count something."""
+    return v.is_floating_point() or v.dtype in (torch.int8, torch.uint8)
 
 
 class _Untracked:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kitestring.core import Array, Fit, Recipe, Rows, Tree
 from kitestring.devices.fit.dropout import Draws, Sources, tried
-from kitestring.devices.fit.programs import Batch, Program, array
+from kitestring.devices.fit.programs import Batch, Program, array, carried
 from kitestring.devices.schedule import Schedule
 
 _GENERATOR = threading.Lock()  # torch has one for all threads: who draws from it is alone
@@ -39,9 +39,11 @@ class _Stack:
     def __init__(
         self, program: Program, module: nn.Module, weights: Tree, still: Sequence[Tensor] = ()
     ) -> None:
-        """Those parameters of the module that stand `still` are given back as they came."""
-        fixed = {id(p) for p in still}
+        """Those parameters of the module that stand `still` are given back as they came, and so is
+        what is no float."""
         self._state = module.state_dict(keep_vars=True)
+        fixed = {id(p) for p in still}
+        fixed |= {id(v) for v in self._state.values() if not v.is_floating_point()}
         self._weights = weights
         self._given = {k: _unstacked(program, a) for k, a in weights.items()}
         self._moving = [k for k in weights if id(self._state[k]) not in fixed]
@@ -137,7 +139,7 @@ def _optimiser(train: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer | N
 def _recount(program: Program) -> None:
     """What is counted in training, such as batches seen, is no weight, and starts anew."""
     for count, first in zip(program.training.buffers(), program.module.buffers(), strict=True):
-        if not count.is_floating_point():
+        if not carried(count):
             count.copy_(first)
 
 

@@ -234,7 +234,7 @@ def _check_weights(about: About, weights: Tree) -> None:
 def _weights(about: About, weights: Tree, d: int) -> dict[str, Array]:
     """Those of device d, by their inputs' names."""
     return {
-        f"w:{k}": np.ascontiguousarray(weights[k][d], leaf.dtype)
+        f"w:{k}": np.ascontiguousarray(weights[k][d], leaf.dtype).reshape(leaf.shape)
         for k, leaf in about.weights.items() if k not in about.tied
     }  # fmt: skip
 

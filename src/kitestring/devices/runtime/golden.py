@@ -16,6 +16,7 @@ import numpy as np
 
 from kitestring import dice
 from kitestring.core import Array, Recipe, Rows, Tree
+from kitestring.devices.runtime.graph import About
 from kitestring.devices.session import Primitives, broadcast, frozen
 from kitestring.errors import PackageError
 
@@ -23,6 +24,11 @@ TOLERANCE = 1e-3
 """Of a leaf's largest value; float32 on other hardware stays some hundred times below."""
 CHANGE = 1e-2
 """The same, of the largest change of a weight by training."""
+ROUNDED, ROUNDED_CHANGE = 2e-2, 1e-1
+"""The same two where activations are rounded to 8 bits. One that lies between two steps goes to the
+one here and to the other elsewhere, which is 1/127 of the largest number of its row at most, and
+what comes after it may be off by a step or two for that. Wrong sums are off by far more. The change
+of a weight in training is of few rows, and so is off by more."""
 _FLOOR = 1e-5  # of a weight: changes below are float error
 _MOST = 1024  # numbers kept of an output
 
@@ -92,10 +98,13 @@ def _thin(a: Array) -> Array:
     return flat[:: max(1, -(-len(flat) // _MOST))].copy()
 
 
-def check(goldens: Sequence[Golden], compute: Primitives) -> list[Checked]:
+def check(
+    goldens: Sequence[Golden], compute: Primitives, abouts: Sequence[About] = ()
+) -> list[Checked]:
     """The worst output of each. Raises `PackageError` for the one that is furthest off, if any is
-    further than it may be."""
-    found = [_worst(golden, compute) for golden in goldens]
+    further than it may be. `abouts`: of the graphs, which say whether they round activations."""
+    rounding = {(about.call, about.program) for about in abouts if about.rounds}
+    found = [_worst(g, compute, (g.primitive, g.program) in rounding) for g in goldens]
     bad = [c for c in found if not c.error <= c.tolerance]
     if bad:
         worst = max(bad, key=_share)
@@ -108,24 +117,25 @@ def check(goldens: Sequence[Golden], compute: Primitives) -> list[Checked]:
     return found
 
 
-def _worst(golden: Golden, compute: Primitives) -> Checked:
+def _worst(golden: Golden, compute: Primitives, rounds: bool) -> Checked:
     weights = first(compute, golden.program)
     # The second time a runtime may have built the weights into its graph.
     times = 2 if golden.primitive == "predict" else 1
     return max(
-        (_off(golden, outputs(golden, compute, weights), weights) for _ in range(times)), key=_share
+        (_off(golden, outputs(golden, compute, weights), weights, rounds) for _ in range(times)),
+        key=_share,
     )
 
 
-def _off(golden: Golden, have: Mapping[str, Array], weights: Tree) -> Checked:
+def _off(golden: Golden, have: Mapping[str, Array], weights: Tree, rounds: bool) -> Checked:
     if have.keys() != golden.out.keys():
         odd = sorted(have.keys() ^ golden.out.keys())
         raise PackageError(f"{golden.label} differs in outputs: {odd[0]}", "golden outputs")
-    errors = []
+    errors, (value, change) = [], (ROUNDED, ROUNDED_CHANGE) if rounds else (TOLERANCE, CHANGE)
     for name, wanted in golden.out.items():
         changed = name.startswith("change ")
         floor = _FLOOR * _largest(weights[name.removeprefix("change ")]) if changed else 0.0
-        allowed = CHANGE if changed else TOLERANCE
+        allowed = change if changed else value
         errors.append(Checked(golden.label, name, _far(have[name], wanted, floor), allowed))
     return max(errors, key=_share)
 

@@ -94,7 +94,8 @@ class About:
     """`columns`, `cotangents`: those that the graph reads, one row of each. `weights`: all of the
     program's; it reads none of the `unused` ones. `trainable`: names in the module's order.
     `tied`: weights that are another one under a second name. `flops`: of one forward pass over one
-    row."""
+    row. `rounds`: activations are rounded to 8 bits, and one between two steps may be taken to
+    either, as other float errors have it."""
 
     program: str
     primitive: Primitive
@@ -109,6 +110,7 @@ class About:
     cotangents: Mapping[str, Leaf] = field(default_factory=dict)
     form: Form | None = None
     draws: tuple[Draw, ...] = ()
+    rounds: bool = False
 
     def reads(self, columns: Mapping[str, Rows]) -> bool:
         """Whether these columns are what it can read; it leaves out what it does not need."""
@@ -117,6 +119,12 @@ class About:
     @cached_property
     def _rows(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         return {k: (leaf.shape, np.dtype(leaf.dtype)) for k, leaf in self.columns.items()}
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Of ONNX Runtime's session. Without the first, it dequantises weights in every run, even
+        those that are built in, in the hope of joining that with rounded activations."""
+        return {} if self.rounds else {"session.disable_quant_qdq": "1"}
 
     @property
     def call(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.numpy import load as load_tensors
 from kitestring.core import Tree
 from kitestring.devices.runtime import golden
 from kitestring.devices.runtime.compute import OrtCompute
-from kitestring.devices.runtime.graph import Graph
+from kitestring.devices.runtime.graph import About, Graph
 from kitestring.devices.runtime.half import RecordedHalf, crossing
 from kitestring.devices.session import frozen
 from kitestring.errors import PackageError
@@ -68,17 +68,15 @@ def _checked(package: archive.Package, threads: int) -> Loaded:
     goldens = golden.unpack(
         package.json("golden.json"), load_tensors(package.files["golden.safetensors"])
     )
-    _check_goldens(goldens, graphs, where)
+    abouts = [Graph(model).about for model in graphs.values()]
+    _check_goldens(goldens, abouts, where)
     deployed = frozen(_tree(manifest["deployed"], tensors))
     compute = OrtCompute(graphs, initial, threads=threads)
-    return Loaded(package, half, compute, deployed, golden.check(goldens, compute))
+    return Loaded(package, half, compute, deployed, golden.check(goldens, compute, abouts))
 
 
-def _check_goldens(
-    goldens: Sequence[golden.Golden], graphs: Mapping[str, bytes], where: str
-) -> None:
+def _check_goldens(goldens: Sequence[golden.Golden], abouts: Sequence[About], where: str) -> None:
     """One for each graph: what is held against nothing could compute anything."""
-    abouts = [Graph(model).about for model in graphs.values()]
     wanted = Counter((a.call, a.program) for a in abouts)
     if odd := wanted - Counter((g.primitive, g.program) for g in goldens):
         primitive, program = next(iter(odd))

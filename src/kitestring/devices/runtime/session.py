@@ -52,6 +52,8 @@ class Session:
                 options.intra_op_num_threads = self._threads
                 options.inter_op_num_threads = 1
                 options.log_severity_level = _LOUD
+                for key, value in self.about.settings.items():
+                    options.add_session_config_entry(key, value)
                 try:
                     self._made = ort.InferenceSession(
                         self._graph.model, options, providers=list(self._providers)

@@ -29,9 +29,11 @@ def named(dtype: torch.dtype) -> str:
 
 
 def weight_shapes(program: Program) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
-    """Of the floating-point weights and statistics, which must be float32."""
-    state = {k: v for k, v in program.module.state_dict().items() if v.is_floating_point()}
+    """Of the weights and statistics, which must be float32."""
+    state = {k: v for k, v in program.module.state_dict().items() if k in program.names}
     for value in state.values():
+        if not value.is_floating_point():
+            raise Refused("quantised weights have no kernel")
         if named(value.dtype) != "f32":
             raise Refused("weights other than float32")
     return {k: tuple(v.shape) for k, v in state.items()}, state

@@ -1,0 +1,86 @@
+"""A finished search as JSON: seconds, bytes, scores by user."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kitestring import __version__
+from kitestring.comparison.compare import write_whole
+from kitestring.measure.bench import machine
+from kitestring.shrink import show
+from kitestring.shrink.package import Packed
+from kitestring.shrink.results import Entry, Found, Scores, quality
+from kitestring.shrink.study import FRONT
+
+
+def write(found: Found, done: Packed | None, folder: Path, command: str) -> None:
+    """`front.json`; where it is, the search is finished."""
+    write_whole(folder / FRONT, json.dumps(plain(found, done, command), indent=1) + "\n")
+
+
+def plain(found: Found, done: Packed | None, command: str) -> dict[str, Any]:
+    choice = found.choice
+    return {
+        "kitestring": __version__,
+        "command": command,
+        "machine": machine(),
+        "task": found.task,
+        "metric": found.metric.name,
+        "higher_is_better": found.metric.higher_is_better,
+        "budget": {x.what: x.most for x in found.budget.each},
+        "device": asdict(found.scale.device),
+        "times_here": found.scale.times,
+        "seeds": found.seeds,
+        "users": list(found.users),
+        "rows": {split: list(rows) for split, rows in found.rows.items()},
+        "front": [e.name for e in found.front],
+        "choice": choice.name if choice else None,
+        "nearest": found.nearest.name,
+        "says": [show.headline(found), *show.reasons(found)],
+        "candidates": {e.name: _entry(found, e) for e in found.entries.values()},
+        "remeasured": None if done is None else _remeasured(found, done),
+        "seconds": found.seconds,
+    }
+
+
+def _entry(found: Found, entry: Entry) -> dict[str, Any]:
+    if entry.taken is None:
+        return {"title": entry.title, "why_not": entry.why}
+    said = {
+        "title": entry.title,
+        "scaled": asdict(found.figures(entry)),
+        "here": asdict(entry.taken),
+    }
+    for split, by_metric in (("validation", entry.scores), ("test", entry.test)):
+        if by_metric:
+            own = quality(by_metric[found.metric.name], found.metric)
+            said[split] = {**_finite(asdict(own)), "scores": _scores(by_metric)}
+    return said
+
+
+def _scores(by_metric: Mapping[str, Scores]) -> Any:
+    """By metric, seed and user; null where it is undefined."""
+    return {
+        name: [[None if math.isnan(x) else x for x in seed] for seed in scores]
+        for name, scores in by_metric.items()
+    }
+
+
+def _remeasured(found: Found, done: Packed) -> dict[str, Any]:
+    return {
+        "file": done.path.name,
+        "package_bytes": done.size,
+        "here": asdict(done.taken),
+        "scaled": asdict(found.scale(done.taken)),
+        "validation": [None if math.isnan(x) else x for x in done.scores],
+    }
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**values, **dict.fromkeys(bad)}

@@ -1,0 +1,14 @@
+"""What a person sees while a search runs."""
+
+from __future__ import annotations
+
+from kitestring.comparison import progress
+
+
+class Progress(progress.Progress):
+    """As that of a comparison, under another name."""
+
+    def __enter__(self) -> Progress:
+        super().__enter__()
+        self._bars.update(self._whole, description="search")
+        return self
