@@ -118,8 +118,8 @@ def _judging(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done. 2: one line on standard error says what is wrong. 3: done, and nothing meets what was
-    asked for (`shrink`). 130: interrupted."""
+    """0: done. 2: one line on standard error says what is wrong. 3: done, and nothing meets what
+    was asked for (`shrink`). 130: interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(arguments)
     try:

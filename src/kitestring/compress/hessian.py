@@ -1,9 +1,10 @@
 """The inverse Hessian of a layer's error, made ready for going through its columns in their order.
 
 Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative
-Pre-trained Transformers", ICLR 2023, arXiv 2210.17323, steps 2 (blocks) and 3 (Cholesky). Once column j is fixed, the best answer of the columns after it is given by row j of the inverse of
-what is left of H. All these rows, each divided by the root of its first entry, are the rows of the
-upper Cholesky factor of H^-1.
+Pre-trained Transformers", ICLR 2023, arXiv 2210.17323, steps 2 (blocks) and 3 (Cholesky). Once
+column j is fixed, the best answer of the columns after it is given by row j of the inverse of what
+is left of H. All these rows, each divided by the root of its first entry, are the rows of the upper
+Cholesky factor of H^-1.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kitestring.compress.prune.structured import slim
+from kitestring.compress.prune.structured import USUAL, slim
 from kitestring.compress.quantise.dynamic import dynamic
 from kitestring.compress.quantise.gptq import gptq
 from kitestring.compress.quantise.nearest import nearest
@@ -28,8 +28,9 @@ def fresh(task: Task, base: Base, seed: int) -> nn.Module:
 
 
 def slimmed(module: nn.Module, keep: float, some: Sequence[Tensor]) -> nn.Module:
-    """Raises `TaskError` where it cannot be done."""
-    return module if keep == 1 else slim(module, some[0][:2], keep)
+    """Narrower all through, what runs beside residuals too. Raises `TaskError` where it cannot be
+    done."""
+    return module if keep == 1 else slim(module, some[0][:2], keep, what=(*USUAL, "width"))
 
 
 def compressed(
@@ -49,5 +50,13 @@ def compressed(
     if precision == "weights8":
         return nearest(module, bits=8, embeddings=True)
     if draft:
-        return nearest(module, bits=4, group=GROUP)
-    return gptq(module, some, bits=4, group=GROUP)
+        return nearest(module, bits=4, group=GROUP, embeddings=True)
+    return gptq(_tables(module), some, bits=4, group=GROUP)
+
+
+def _tables(module: nn.Module) -> nn.Module:
+    """With its embeddings in 4 bits: a table has no inputs that could make up for rounding."""
+    if not any(isinstance(layer, nn.Embedding) for layer in module.modules()):
+        return module
+    linears = [n for n, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return nearest(module, bits=4, group=GROUP, skip=linears, embeddings=True)

@@ -8,7 +8,7 @@ the package, as a device would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,8 +51,8 @@ class Gained:
     how: How
     lr: float
     parameters: int
-    before: dict[str, Scores]
-    after: dict[str, Scores]
+    before: Mapping[str, Scores]
+    after: Mapping[str, Scores]
 
 
 def personal(bench: Bench, candidate: Candidate, how: How, key: Path, path: Path) -> Gained:
@@ -82,11 +82,10 @@ def personal(bench: Bench, candidate: Candidate, how: How, key: Path, path: Path
     settings = replace(settings, lr=better(known, key=lambda lr: known[lr]))
     found = packed(settings)
     every = bench.judges.ids
+    before = _trained(bench, found, None, "test", every)
+    after = _trained(bench, found, settings, "test", every)
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Gained(
-        path, path.stat().st_size, how, settings.lr, count,
-        _trained(bench, found, None, "test", every), _trained(bench, found, settings, "test", every),
-    )  # fmt: skip
+    return Gained(path, path.stat().st_size, how, settings.lr, count, before, after)
 
 
 def adaptable(model: nn.Module, how: How) -> nn.Module:

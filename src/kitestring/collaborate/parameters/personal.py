@@ -82,7 +82,13 @@ class Personal:
 
     def _kept(self, best: Tree, now: Tree, loss: Array) -> Tree:
         """The best model so far, the user's part as it is trained, and the best's loss [D]."""
-        return Tree({**best.inside("best."), **now.pick(*self.train.split(",")).inside("now."), "loss": loss})
+        return Tree(
+            {
+                **best.inside("best."),
+                **now.pick(*self.train.split(",")).inside("now."),
+                "loss": loss,
+            }
+        )
 
     def init(self, cloud: Cloud, seed: int) -> State:
         return State(0, cloud.pretrained(self.start))
@@ -102,7 +108,9 @@ class Personal:
         else:
             best, least = devices.private.below("best."), devices.private["loss"]
             now = Tree({**best, **devices.private.below("now.")})
-        fit = devices.fit("small", now, train, replace(recipe(self), train=tuple(self.train.split(","))))
+        fit = devices.fit(
+            "small", now, train, replace(recipe(self), train=tuple(self.train.split(",")))
+        )
         now, loss = fit.parameters, self._loss(fit.parameters, check, devices)
         user = now.pick(*self.train.split(","))
         better = {k: _where(loss <= least, a, best[k]) for k, a in user.items()}

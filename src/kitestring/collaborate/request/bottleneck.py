@@ -3,8 +3,8 @@
 Shao, Zhang: "BottleNet++: an end-to-end approach for feature compression in device-edge
 co-inference systems", ICC 2020, arXiv 1910.14315, section III: an encoder on the device ends in a
 sigmoid, what it gives is quantised, a decoder in the cloud goes on from it, and all of it is
-trained end to end. Their noisy channel and the entropy coder are left out. Rounding passes gradients as
-they are (straight through: Bengio et al., arXiv 1308.3432, section 4).
+trained end to end. Their noisy channel and the entropy coder are left out. Rounding passes
+gradients as they are (straight through: Bengio et al., arXiv 1308.3432, section 4).
 """
 
 from __future__ import annotations
