@@ -260,6 +260,26 @@ def test_the_gradient_is_clipped_over_all_that_is_trained(clip: float | None, sh
         assert (a - b).item() == pytest.approx(0.1 * share, abs=1e-6)
 
 
+def test_batches_may_be_made_by_the_student_as_it_is_used() -> None:
+    """In eval mode, with the weights of that step; each step itself is in train mode."""
+    seen: list[Tensor] = []
+
+    class Watched(Supervised):
+        def forward(self, seen: Seen) -> Tensor:
+            assert self.training
+            return super().forward(seen)
+
+    def batches(step: int, student: nn.Module) -> Batch:
+        assert not any(m.training for m in student.modules())
+        seen.append(next(student.parameters()).detach().clone())
+        return image_batches()(step, student)
+
+    distil(seeded(cnn, 3), None, batches, Watched(), Settings(steps=3))
+    first, *steps = seen  # the first batch is looked at beforehand
+    assert torch.equal(first, steps[0])
+    assert len({tuple(a.flatten().tolist()) for a in steps}) == 3
+
+
 def test_a_teachers_known_outputs_are_as_good_as_the_teacher() -> None:
     student, teacher, (x, y) = seeded(cnn, 3), seeded(cnn, 6).eval(), images()
     with torch.no_grad():
@@ -510,17 +530,12 @@ def test_an_epoch_sees_no_row_twice_and_a_step_is_a_function_of_its_number(
     index = torch.cat([b.index for b in epoch_of if b.index is not None])
     assert len(set(index.tolist())) == len(index) == steps * min(n, batch)
     assert all(len(b.x) == min(n, batch) for b in epoch_of)
-    for i, seen in enumerate(epoch_of):
-        alone = rows(x, x + 1, batch=batch, seed=seed, teacher=x + 2)(epoch * steps + i, student)
-        for a, b, more in (
-            (seen.x, alone.x, 0),
-            (seen.y, alone.y, 1),
-            (seen.teacher, alone.teacher, 2),
-        ):
-            assert a is not None
-            assert b is not None
-            assert torch.equal(a, b)
-            assert torch.equal(a, seen.index * 10 + more)
+    again = rows(x, x + 1, batch=batch, seed=seed, teacher=x + 2)
+    alone, seen = again((epoch + 1) * steps - 1, student), epoch_of[-1]
+    columns = ((seen.x, alone.x), (seen.y, alone.y), (seen.teacher, alone.teacher))
+    for more, (a, b) in enumerate(columns):
+        assert torch.equal(a, b)
+        assert torch.equal(a, seen.index * 10 + more)
 
 
 def test_epochs_and_seeds_shuffle_anew() -> None:

@@ -443,7 +443,9 @@ def test_a_bound_on_a_single_channel_is_found(high: bool) -> None:
 def test_what_an_awq_layer_is_fed_is_scaled() -> None:
     inner = one(3, 4, 0)[0]
     x, factor = drawn(5, 4), torch.tensor([1.0, 2, 4, 0.5])
-    assert torch.equal(Scaled(inner, factor)(x), inner(x * factor))
+    scaled = Scaled(inner, factor)
+    assert torch.equal(scaled(x), inner(x * factor))
+    assert torch.allclose(nn.functional.linear(x, scaled.weight, scaled.bias), scaled(x), atol=1e-6)
 
 
 # Whole models
@@ -591,6 +593,19 @@ def test_nonsense_is_refused(way: str) -> None:
     if way == "gptq":
         with told(SettingError, "blocks of 0"):
             gptq(one(4, 6, 0), [x], block=0)
+
+
+@every_way
+def test_layers_whose_weights_are_read_by_the_module_around_them(way: str) -> None:
+    """torch's transformer layer does so without slopes; its attention is left alone."""
+    torch.manual_seed(0)
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), drawn(3, 5, 8)
+    found = WAYS[way](model, [x], 8)
+    assert torch.allclose(found(x), model(x), atol=0.02)
+    with torch.no_grad():
+        assert torch.allclose(found(x), model(x), atol=0.02)
+    assert isinstance(found.linear2, WeightOnlyLinear | Scaled)
+    assert not isinstance(found.self_attn.out_proj, WeightOnlyLinear)
 
 
 @every_way

@@ -271,7 +271,7 @@ def test_interrupted_in_the_middle_of_training(
     same(json.loads((tmp_path / "front.json").read_text()), run.found)
 
 
-def test_another_budget_trains_nothing_again(
+def test_another_budget_or_device_trains_nothing_again(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
@@ -285,6 +285,15 @@ def test_another_budget_trains_nothing_again(
     assert sizes[found["choice"]] <= small
     assert found["candidates"].keys() == run.found["candidates"].keys()
     assert (folder / "choice.kite").exists()
+    # On another device times differ, and nothing else.
+    assert shrink("--out", folder, "--resume", "--profile", "gateway") == 0
+    slower = json.loads((folder / "front.json").read_text())
+    assert "training" not in capfd.readouterr().err
+    assert slower["candidates"]["large"]["scaled"]["p50"] == pytest.approx(1e6 / 1e9)
+    assert (
+        slower["candidates"]["large"]["validation"]
+        == run.found["candidates"]["large"]["validation"]
+    )
     # And one that nothing meets: nothing is exported.
     assert shrink("--out", folder, "--resume", "--budget", f"{least - 1}B") == 3
     said = json.loads((folder / "front.json").read_text())
@@ -310,6 +319,36 @@ def test_a_budget_that_nothing_meets_trains_only_what_comes_nearest(
         before for before in nearest.after
     }
     assert found["remeasured"] is None
+
+
+def test_what_cannot_be_made_is_left_out_and_said(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Be it of a model that has learnt nothing, or only of one that has."""
+    from kitestring.errors import TaskError
+    from kitestring.shrink import bench
+
+    real = bench.compressed
+
+    def refused(module: Any, precision: str, some: Any, draft: bool = False) -> Any:
+        if precision == "weights8" and draft:
+            raise TaskError("made up: no", "somewhere", "Do otherwise")
+        if precision == "weights4" and not draft:
+            raise TaskError("made up: not any more", "somewhere", "Do otherwise")
+        return real(module, precision, some, draft)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench, "compressed", refused)
+    monkeypatch.setattr(search, "compressed", refused)
+    assert shrink("--out", tmp_path) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    every = ("large", "small", "large, half, distilled")
+    for why, precision in (("no", "8-bit weights"), ("not any more", "4-bit weights")):
+        assert f"Left out, made up: {why}: " in said
+        assert all(f"{title}, {precision}" in said for title in every)
+    found = json.loads((tmp_path / "front.json").read_text())
+    for name in ("large", "small-8-bits"):
+        one, other = (f["candidates"][name]["validation"] for f in (found, run.found))
+        assert one == other
 
 
 # The package

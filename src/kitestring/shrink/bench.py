@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from kitestring.comparison.order import Order
+from kitestring.errors import TaskError
 from kitestring.shrink import data, models
 from kitestring.shrink.answer import Answer, answer, running
 from kitestring.shrink.candidates import LARGE, Candidate, Shape
@@ -111,10 +112,16 @@ class Bench:
         return slimmed(whole, shape.keep, self.pool.some)
 
     def _judge(self, job: Job, split: Judging) -> dict[str, Any]:
-        """By the file that answers requests, which is made on the way and kept."""
+        """By the file that answers requests, which is made on the way and kept. "why" instead,
+        where the candidate cannot be made after all."""
         file = models.path(self.folder, job.candidate, job.seed).with_suffix(".onnx")
         if split == "validation":
-            models.write(file, self._made(job.candidate, job.seed).file)
+            try:
+                models.write(file, self._made(job.candidate, job.seed).file)
+            except TaskError as problem:
+                if job.candidate == job.candidate.plain:
+                    raise
+                return {"why": problem.what}
         whole = file.read_bytes()
         return {"size": len(whole), "scores": self.judges.scores(running(whole), split)}
 

@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     run.add_argument(
         "--resume", action="store_true",
-        help="go on with a search that was interrupted, or judge by another budget",
+        help="go on with a search that was interrupted, or judge by another budget or profile",
     )  # fmt: skip
     run.add_argument("--fresh", action="store_true", help="start over, whatever is there")
     run.add_argument("--workers", type=int, metavar="N", help="processes (one for each core)")

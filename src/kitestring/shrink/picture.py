@@ -87,7 +87,7 @@ def panel(axes: Axes, found: Found, what: What) -> None:
     points = [(_at(found, e, what), _mean(found, e)) for e in judged]
     xs, ys = zip(*points, strict=True)
     low, high = min(ys), max(ys)
-    room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    room = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
     up = found.metric.higher_is_better
     axes.set_ylim((low - room, high + room) if up else (high + room, low - room))
     axes.set_xscale("log")
@@ -112,7 +112,7 @@ def panel(axes: Axes, found: Found, what: What) -> None:
         if entry is choice:
             axes.plot([x], [y], "o", color=INK, markersize=13, fillstyle="none", zorder=2)
         if entry.candidate in REFERENCES:
-            below = (0, -11) if entry.candidate.shape.base == "small" else (0, 9)
+            below = (0, -10) if entry.candidate.shape.base == "small" else (0, 9)
             axes.annotate(
                 entry.title, (x, y), below, textcoords="offset points", ha="center", va="center",
                 fontsize=FONT - 2, color=INK,
@@ -160,8 +160,8 @@ def _legend(figure: Figure, found: Found, left: float, top: float, size: float =
     second = [dot(MARKERS[p], MUTED, PRECISIONS[p] or "float32") for p in kinds]
     second += [dot("o", MUTED, "not on the front", False)]
     line = 1.75 * size / 72 / figure.get_figheight()
-    columns = 4 if figure.get_figwidth() > 6 else 2
-    for handles in (first, second):
+    wide = figure.get_figwidth() > 6
+    for handles, columns in ((first, 4 if wide else 2), (second, 5 if wide else 2)):
         figure.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(left - 0.02, top), ncols=columns,
             frameon=False, fontsize=size, handletextpad=0.2, columnspacing=1.0, borderpad=0,

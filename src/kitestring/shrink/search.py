@@ -168,6 +168,8 @@ def _judged(study: Study, entry: Entry, seeds: int, split: Judging) -> Entry:
     found = [study.get(Job(entry.candidate, seed, split).name) for seed in range(seeds)]
     if not all(found):
         return entry
+    if why := [one["why"] for one in found if "why" in one]:
+        return replace(entry, why=why[0])
     scores = {metric: [one["scores"][metric] for one in found] for metric in found[0]["scores"]}
     if split == "test":
         return replace(entry, test=scores)
@@ -177,7 +179,5 @@ def _judged(study: Study, entry: Entry, seeds: int, split: Judging) -> Entry:
 def skipped(found: Found) -> Iterable[tuple[Entry, str]]:
     """What was not trained or could not be made, and why."""
     for entry in found.entries.values():
-        if entry.taken is None:
-            yield entry, entry.why
-        elif not entry.scores:
-            yield entry, "too large for the budget in every precision"
+        if not entry.scores:
+            yield entry, entry.why or "too large for the budget in every precision"

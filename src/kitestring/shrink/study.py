@@ -17,6 +17,7 @@ from kitestring.errors import RunError
 from kitestring.exchange.store import Store
 
 SETTINGS, FOUND, FRONT, MODELS = "settings.json", "study.sqlite", "front.json", "models"
+_JUDGED = ("profile", "profile_file")  # what changes nothing that was found, as a budget does not
 
 
 class Study:
@@ -70,7 +71,7 @@ def claimed(folder: Path, order: Order, resume: bool, fresh: bool) -> Iterator[C
                 for name in (FOUND, f"{FOUND}-wal", f"{FOUND}-shm"):
                     (folder / name).unlink(missing_ok=True)
                 shutil.rmtree(folder / MODELS, ignore_errors=True)
-                write_whole(folder / SETTINGS, json.dumps(_plain(order), indent=1))
+            write_whole(folder / SETTINGS, json.dumps(_plain(order), indent=1))
             (folder / MODELS).mkdir(exist_ok=True)
             opened.append(Study(folder))
             return opened[0]
@@ -87,10 +88,11 @@ def _may(folder: Path, order: Order, resume: bool, fresh: bool) -> None:
     there = settings(folder)
     if resume and there is None:
         raise RunError("nothing to resume", str(folder), "Run it without --resume")
-    if resume and there != _plain(order):
-        other = ", ".join(k for k, v in _plain(order).items() if (there or {}).get(k) != v)
-        what = f"the search there differs in {other}"
-        raise RunError(what, str(folder), "Resume with its settings, or give --fresh")
+    if resume:
+        wanted = {k: v for k, v in _plain(order).items() if k not in _JUDGED}
+        if odd := [k for k, v in wanted.items() if (there or {}).get(k) != v]:
+            what = f"the search there differs in {', '.join(odd)}"
+            raise RunError(what, str(folder), "Resume with its settings, or give --fresh")
     unfinished = there is not None and not (folder / FRONT).exists()
     if unfinished and not resume and not fresh:
         mend = "Go on with --resume, or start over with --fresh"

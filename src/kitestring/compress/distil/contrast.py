@@ -2,10 +2,11 @@
 
 Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation", arXiv 1910.10699, section 3:
 representations of both models are projected to 128 numbers of length 1; a critic h tells a pair of
-the same row from N pairs of two rows, which come from a memory. As there: temperature 0.07,
-momentum 0.5 of the memory, a weight of 0.8. The critic's normaliser Z is estimated from the first
-batch and kept, as in Wu, Xiong, Yu, Lin 2018, "Unsupervised Feature Learning via Non-Parametric
-Instance Discrimination", arXiv 1805.01978, section 3.2.
+the same row from N pairs of two rows, which come from a memory. As in their code: temperature
+0.07, momentum 0.5 of the memory, a weight of 0.8, negatives of other classes. The critic's
+normaliser Z is estimated from the first batch and kept, as in Wu, Xiong, Yu, Lin 2018,
+"Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv 1805.01978,
+section 3.2.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Contrast(Objective):
     """`weight` times the sum over two anchors, student and teacher, each against the memory of the
     other. The data have `rows` rows (`Batch.index` says which each is); `negatives` are drawn among
     the other rows, at most as many as there are. Where a row has one class, others that were seen
-    to be of the same are left out. Projections are trained with the student. Maps are
-    laid flat, sequences averaged over their positions. A term: add it to `Supervised` or `Response`
-    by `Sum`."""
+    to be of the same are left out. Projections are trained with the student. Maps are laid flat,
+    sequences averaged over their positions. A term: add it to `Supervised` or `Response` by
+    `Sum`."""
 
     memory: Tensor  # [2, rows, width]: the student's, the teacher's
     classes: Tensor  # [rows], of those that were seen; below 0: not known

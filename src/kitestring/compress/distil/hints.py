@@ -51,7 +51,7 @@ class Hints(Objective):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: float = 10.0,
         student: str | Sequence[str] = HIDDEN,
         teacher: str | Sequence[str] = HIDDEN,
     ) -> None:
@@ -65,14 +65,10 @@ class Hints(Objective):
             if a.ndim != b.ndim:
                 what = f"{list(a.shape)} cannot foretell {list(b.shape)}"
                 raise TaskError(what, "Hints", "Choose taps of the same kind")
-            maps = a.ndim == 4
-            one = (
-                nn.Conv2d(a.shape[1], b.shape[1], 1)
-                if maps
-                else nn.Linear(a.shape[-1], b.shape[-1])
-            )
-            self.regressors.append(one.to(a))
-
+            if a.ndim == 4:
+                self.regressors.append(nn.Conv2d(a.shape[1], b.shape[1], 1).to(a))
+            else:
+                self.regressors.append(nn.Linear(a.shape[-1], b.shape[-1]).to(a))
         sizes = [self._mean(torch.zeros_like(b), b, seen) for _, b in seen.pairs(self)]
         self.register_buffer("sizes", torch.stack(sizes).clamp(min=1e-12))
 

@@ -36,10 +36,19 @@ class Scaled(nn.Module):
 
     factor: Tensor
 
-    def __init__(self, inner: nn.Module, factor: Tensor) -> None:
+    def __init__(self, inner: nn.Linear | WeightOnlyLinear, factor: Tensor) -> None:
         super().__init__()
         self.inner = inner
         self.register_buffer("factor", factor)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] of the linear layer that this is: some modules read it themselves."""
+        return self.inner.weight * self.factor
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.inner.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.inner(x * self.factor))
