@@ -341,14 +341,29 @@ def test_own_text_survives_an_interruption_to_the_bit(
     _same(resumed.module, whole.module)
 
 
-def test_a_lost_memory_is_told(teacher: nn.Module, tmp_path: Path) -> None:
+def test_a_memory_goes_on_where_it_was(teacher: nn.Module, tmp_path: Path) -> None:
+    """Killed after five steps with a checkpoint of three, it ends as one that was not, to the
+    bit."""
+
     def heard(step: int, of: int, loss: float) -> None:
         if step == 5:
             raise Killed
 
-    batches = Replay(DATA, OWN, Told(*range(9)), steps=8)
+    def batches() -> Replay:
+        return Replay(DATA, OWN, Told(*range(9)), steps=8, every=1, rise=1.0)
+
     settings, file = replace(STEPS, steps=8, keep_every=3), tmp_path / "kept"
+    whole = distil(_student(), teacher, batches(), Divergence(), settings)
     with pytest.raises(Killed):
-        distil(_student(), teacher, batches, Divergence(), settings, heard=heard, keep=file)
+        distil(_student(), teacher, batches(), Divergence(), settings, heard=heard, keep=file)
+    again = distil(_student(), teacher, batches(), Divergence(), settings, keep=file)
+    assert again.losses == whole.losses
+    for a, b in zip(again.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_out_of_turn_is_told() -> None:
+    batches = Replay(DATA, OWN, Told(*range(9)), steps=8)
+    batches(0, _student())
     with pytest.raises(SettingError, match="step 3 is asked for after 1 steps"):
-        distil(_student(), teacher, batches, Divergence(), settings, keep=file)
+        batches(3, _student())

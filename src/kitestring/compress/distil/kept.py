@@ -45,11 +45,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Whole:
-    """All that a step changes."""
+    """All that a step changes. `batches` may have a state, as what remembers the student's own text
+    does."""
 
     module: nn.Module
     objective: Objective
     optimiser: torch.optim.Optimizer
+    batches: Any
     progress: Progress
 
     @property
@@ -61,6 +63,7 @@ class Whole:
             "student": self.module.state_dict(),
             "objective": self.objective.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "batches": self.batches.state_dict() if hasattr(self.batches, "state_dict") else {},
             "progress": vars(self.progress),
             "dice": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)],
         }
@@ -69,6 +72,8 @@ class Whole:
         self.module.load_state_dict(found["student"])
         self.objective.load_state_dict(found["objective"])
         self.optimiser.load_state_dict(found["optimiser"])
+        if found["batches"]:
+            self.batches.load_state_dict(found["batches"])
         vars(self.progress).update(found["progress"])
         cpu, *cuda = (dice.cpu() for dice in found["dice"])
         torch.set_rng_state(cpu)

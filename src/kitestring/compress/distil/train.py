@@ -118,7 +118,7 @@ def distil(
         if not any(p.requires_grad for p in module.parameters()):
             raise TaskError("nothing of the student is trained", "distil", "Unfreeze some of it")
         optimiser = _OPTIMISERS[s.optimiser](trained, s)
-        whole = Whole(module, own, optimiser, Progress())
+        whole = Whole(module, own, optimiser, batches, Progress())
         save: Callable[[], None] = _nothing
         if keep is not None:
             plain = {**asdict(s), "score": score is not None}

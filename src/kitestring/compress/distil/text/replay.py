@@ -33,8 +33,8 @@ class Replay:
     `share` is that of own text now, `drawn` how many batches of it were drawn so far.
 
     What it has seen is part of a training: it is called for one step after another, from 0, and
-    begins anew at 0. `state_dict` and `load_state_dict` carry it over an interruption, but `distil`
-    keeps none of it: there, going on from a file is refused."""
+    begins anew at 0. `state_dict` and `load_state_dict` carry it over an interruption; `distil`
+    keeps it with a checkpoint."""
 
     def __init__(
         self,
