@@ -465,6 +465,25 @@ def test_a_model_is_measured() -> None:
         assert "ONNX Runtime" in found.runtime
 
 
+def test_what_a_model_does_not_use_is_not_in_its_file() -> None:
+    class Spare(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = torch.nn.Linear(8, 3), torch.nn.Linear(1000, 1000)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    task = tiny.task()
+    rows = task.users.load(0)["test"]["x"]
+    model = Spare()
+    made = answer(task, model, rows)  # type: ignore[arg-type]
+    assert made.size < 4000  # 27 numbers, and the graph
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(rows)).numpy()
+    assert running(made.file)(rows) == pytest.approx(wanted, abs=1e-5)
+
+
 # The command
 
 
