@@ -83,9 +83,9 @@ def _weight_only_linear(
         turned = b.transpose(_weight(b, codes, scale, zero, bits, block, width), (1, 0))
         found = b.matmul(rows, turned) if bias is None else b.gemm(rows, turned, b.real(bias))
         return b.reshape(found, op.shape)
-    given = [rows, b.real(codes), b.reshape(b.real(scale), (out * blocks,))]
+    given = [rows, b.real(codes), b.real(b.reshape(b.real(scale), (out * blocks,)))]
     if zero is not None:
-        given.append(b.reshape(b.real(zero), (_times(*zero.shape),)))
+        given.append(b.real(b.reshape(b.real(zero), (_times(*zero.shape),))))
     found = b.op(
         "MatMulNBits", given, (rows.shape[0], out), _FLOAT, domain=MICROSOFT,
         K=width, N=out, bits=bits, block_size=block, accuracy_level=1,
