@@ -85,6 +85,7 @@ class EightBits:
     """What `Distilled` made, sent down in 8 bits."""
 
     bits: int = 8  # 2 to 8, of which each takes a byte all the same
+    reach: float = 1.0  # of a row's largest weight, beyond which weights are cut off
 
     crosses: ClassVar[Crossing] = {}
     state_type: ClassVar[type[State]] = State
@@ -99,16 +100,18 @@ class EightBits:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise SettingError(f"bits {self.bits}", "EightBits", "Give 2 to 8")
+        if not 0 < self.reach <= 1:
+            raise SettingError(f"reach {self.reach}", "EightBits", "Give a share in (0, 1]")
 
     @staticmethod
     def trials(budget: Budget) -> list[EightBits]:
-        return [EightBits()] * len(budget.cloud_lrs)
+        return [EightBits(reach=1 - 0.5 * i / len(budget.lrs)) for i in range(len(budget.lrs))]
 
     def install(self, devices: Devices) -> Tree:
         return Tree()
 
     def init(self, cloud: Cloud, seed: int) -> State:
-        return State(0, rounded(cloud.pretrained("distilled"), self.bits))
+        return State(0, rounded(cloud.pretrained("distilled"), self.bits, self.reach))
 
     def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
         return None
@@ -123,7 +126,7 @@ class EightBits:
         return Restored()
 
 
-def rounded(weights: Tree, bits: int = 8) -> Tree:
+def rounded(weights: Tree, bits: int = 8, reach: float = 1.0) -> Tree:
     """Matrices and kernels as int8 [out, ...] and float32 scales [out] beside them; what has one
     axis stays as it is."""
     most = 2 ** (bits - 1) - 1
@@ -132,7 +135,7 @@ def rounded(weights: Tree, bits: int = 8) -> Tree:
         if leaf.ndim < 2:
             found[name] = leaf
             continue
-        far = np.abs(leaf).max(axis=tuple(range(1, leaf.ndim)))
+        far = reach * np.abs(leaf).max(axis=tuple(range(1, leaf.ndim)))
         scale = (np.where(far > 0, far, 1) / most).astype(np.float32)
         wide = scale.reshape(-1, *[1] * (leaf.ndim - 1))
         found[name] = np.clip(np.rint(leaf / wide), -most, most).astype(np.int8)
