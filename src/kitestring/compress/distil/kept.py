@@ -1,13 +1,13 @@
 """How far a training is, in a file: written whole or not at all, and told from a damaged one.
 
-The file is a line that says what it is, a digest, and a checkpoint in torch's own form, which is
-read without running any code in it.
+The file is a line that says what it is, a digest, how the checkpoint hangs together as JSON, and
+its tensors as safetensors: reading it runs no code that it holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kitestring.compress.distil.objective import Objective
@@ -84,9 +85,7 @@ class Whole:
 def write(path: Path, made: Mapping[str, Any], whole: Whole) -> None:
     """`made` is what the training is told from others by. Raises `RunError` where there is no room
     or no right; what was kept before is then as it was."""
-    buffer = io.BytesIO()
-    torch.save({"made": dict(made), **whole.state()}, buffer)
-    body = buffer.getbuffer()
+    body = _packed({"made": dict(made), **whole.state()})
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -121,13 +120,50 @@ def resume(path: Path, made: Mapping[str, Any], whole: Whole) -> None:
         raise SettingError(what, str(path), "Name another file")
     if raw[len(_HEAD) :][:_SIZE] != _digest([body]):
         raise SettingError("is damaged", str(path), "Delete it to begin anew")
-    found = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    found = _unpacked(body)
     differ = [name for name in made if made[name] != found["made"].get(name)]
     if differ:
         told = ", ".join(_difference(name, made, found["made"]) for name in differ)
         mend = "Delete it to begin anew, or name another file"
         raise SettingError(f"is of another training: {told}", str(path), mend)
     whole.restore(found)
+
+
+def _packed(state: Mapping[str, Any]) -> bytes:
+    tensors: dict[str, Tensor] = {}
+    form = json.dumps(_form(state, tensors)).encode()
+    return len(form).to_bytes(8, "little") + form + save(tensors)
+
+
+def _unpacked(body: memoryview) -> Any:
+    end = 8 + int.from_bytes(body[:8], "little")
+    return _filled(json.loads(bytes(body[8:end])), load(bytes(body[end:])))
+
+
+def _form(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON can say it. Tensors go to `tensors`, each with memory of its own; a mapping
+    is a list of pairs, since an optimiser numbers its parameters."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"pairs": [(key, _form(inner, tensors)) for key, inner in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_form(inner, tensors) for inner in value]}
+    return value
+
+
+def _filled(form: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(form, dict):
+        return form
+    [(kind, held)] = form.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "pairs":
+        return {key: _filled(inner, tensors) for key, inner in held}
+    made = [_filled(inner, tensors) for inner in held]
+    return tuple(made) if kind == "tuple" else made
 
 
 def _difference(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
