@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import tiny
 from kitestring import dice
+from kitestring.compress.distil.objective import cross_entropy
 from kitestring.core import Rows, Tree
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.fit.programs import Program
-from kitestring.tasks.programs import cross_entropy
 
 
 class Column(nn.Module):

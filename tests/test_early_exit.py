@@ -18,11 +18,12 @@ from kitestring.collaborate.request.early_exit import EarlyExit, Exit, State, th
 from kitestring.collaborate.services import OnDevice, Split
 from kitestring.comparison.methods import METHODS
 from kitestring.comparison.order import missing
+from kitestring.compress.distil.objective import cross_entropy
 from kitestring.core import Message, Rows, Tree, serve
 from kitestring.engines.local import LocalEngine
 from kitestring.errors import SettingError
 from kitestring.exchange import wire
-from kitestring.tasks.programs import cross_entropy, entropy
+from kitestring.tasks.programs import entropy
 from kitestring.tasks.task import Task
 
 TOP = math.log(tiny.CLASSES)  # the most that the entropy of three classes can be

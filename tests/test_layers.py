@@ -49,7 +49,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "cryptography": ("kitestring.package",),
     "safetensors": (
         *("kitestring.devices.runtime", "kitestring.pack"),
-        *("kitestring.measure", "kitestring.tasks", "kitestring.shrink"),
+        *("kitestring.measure", "kitestring.tasks", "kitestring.shrink", "kitestring.compress"),
     ),
     "executorch": ("kitestring.export", "kitestring.measure"),
     "gguf": ("kitestring.export",),

@@ -12,8 +12,9 @@ from torch import Tensor
 import tiny
 from kitestring.comparison.methods import METHODS
 from kitestring.comparison.order import missing
+from kitestring.compress.distil.objective import cross_entropy
 from kitestring.errors import TaskError
-from kitestring.tasks.programs import cross_entropy, programs
+from kitestring.tasks.programs import programs
 from kitestring.tasks.task import Task
 
 

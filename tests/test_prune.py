@@ -19,9 +19,8 @@ from kitestring.compress.prune.pattern import least, least_of_each, share, spars
 from kitestring.compress.prune.sparsegpt import pruned, sparsegpt
 from kitestring.compress.prune.wanda import wanda
 from kitestring.errors import SettingError, TaskError
-from kitestring.tasks.layers import Transformer
-from kitestring.tasks.llama import Llama, LlamaConfig
 from told import told
+from whole_models import OF_TEXT, correlated, one
 
 WAYS: dict[str, Callable[..., nn.Module]] = {
     "magnitude": lambda model, batches, **how: magnitude(model, **how),
@@ -29,20 +28,6 @@ WAYS: dict[str, Callable[..., nn.Module]] = {
     "sparsegpt": sparsegpt,
 }
 every_way = pytest.mark.parametrize("way", list(WAYS))
-
-
-def correlated(rows: int, width: int, seed: int) -> Tensor:
-    """Columns that are mixtures of half as many, of sizes from 0.3 to 3, and some noise."""
-    dice = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width // 2, generator=dice)
-    mixed = hidden @ torch.randn(width // 2, width, generator=dice)
-    noise = 0.3 * torch.randn(rows, width, generator=dice)
-    return (mixed + noise) * 10 ** (torch.rand(width, generator=dice) - 0.5)
-
-
-def one(out: int, width: int, seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(width, out))
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -273,16 +258,6 @@ def test_inputs_that_are_always_zero(way: str) -> None:
         assert torch.equal(last, magnitude(model, 0.5)[2].weight)
 
 
-def llama(tied: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    return Llama(LlamaConfig(11, 8, 16, 2, 2, 2, 6, 4, tie_word_embeddings=tied))
-
-
-def transformer(tied: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    return Transformer(11, 6, 8, 2, 2, dropout=0.2, past=2, tied=tied)
-
-
 def cnn() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -292,10 +267,7 @@ def cnn() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "llama": (llama, torch.arange(24).reshape(4, 6) % 11),
-    "tied llama": (lambda: llama(True), torch.arange(24).reshape(4, 6) % 11),
-    "transformer": (transformer, torch.arange(24).reshape(4, 6) % 11),
-    "tied transformer": (lambda: transformer(True), torch.arange(24).reshape(4, 6) % 11),
+    **OF_TEXT,
     "cnn": (cnn, correlated(6, 64, 0).reshape(6, 4, 4, 4)),
 }
 

@@ -20,9 +20,8 @@ from kitestring.compress.quantise.grid import Codes, nearest_codes
 from kitestring.compress.quantise.layers import WeightOnlyEmbedding, WeightOnlyLinear
 from kitestring.compress.quantise.nearest import nearest
 from kitestring.errors import SettingError, TaskError
-from kitestring.tasks.layers import Transformer
-from kitestring.tasks.llama import Llama, LlamaConfig
 from told import told
+from whole_models import IDS, OF_TEXT, correlated, llama, one, transformer
 
 WAYS: dict[str, Callable[..., nn.Module]] = {
     "nearest": lambda model, batches, *how, **named: nearest(model, *how, **named),
@@ -30,20 +29,6 @@ WAYS: dict[str, Callable[..., nn.Module]] = {
     "awq": awq,
 }
 every_way = pytest.mark.parametrize("way", list(WAYS))
-
-
-def correlated(rows: int, width: int, seed: int, decades: float = 1.0) -> Tensor:
-    """Columns that are mixtures of half as many, and some noise, of sizes over so many decades."""
-    dice = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width // 2, generator=dice)
-    mixed = hidden @ torch.randn(width // 2, width, generator=dice)
-    noise = 0.3 * torch.randn(rows, width, generator=dice)
-    return (mixed + noise) * 10 ** (decades * (torch.rand(width, generator=dice) - 0.5))
-
-
-def one(out: int, width: int, seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(width, out))
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -451,16 +436,6 @@ def test_what_an_awq_layer_is_fed_is_scaled() -> None:
 # Whole models
 
 
-def llama(tied: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    return Llama(LlamaConfig(11, 8, 16, 2, 2, 2, 6, 4, tie_word_embeddings=tied))
-
-
-def transformer(tied: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    return Transformer(11, 6, 8, 2, 2, dropout=0.2, past=2, tied=tied)
-
-
 def cnn() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -469,12 +444,8 @@ def cnn() -> nn.Module:
     )  # fmt: skip
 
 
-IDS = torch.arange(24).reshape(4, 6) % 11
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "llama": (llama, IDS),
-    "tied llama": (lambda: llama(True), IDS),
-    "transformer": (transformer, IDS),
-    "tied transformer": (lambda: transformer(True), IDS),
+    **OF_TEXT,
     "cnn": (cnn, drawn(6, 64).reshape(6, 4, 4, 4)),
 }
 

@@ -20,11 +20,11 @@ import torch
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
+from kitestring.compress.distil.objective import cross_entropy
 from kitestring.core import Recipe, Rows
 from kitestring.devices.fit.programs import Program
 from kitestring.export.graphs import predict_graph, step_graph
 from kitestring.package import archive, keys
-from kitestring.tasks.programs import cross_entropy
 
 OPSET = 14  # of ONNX Runtime's own example of training on a device
 TIMES, ENOUGH = 3, 5.0  # each export so often, unless that many seconds are spent

@@ -29,41 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kitestring.collaborate.request.bottleneck import BITS
+from kitestring.compress.distil.objective import LOSSES, binary, real, squared
+from kitestring.compress.distil.response import response
 from kitestring.devices.fit.programs import Batch, Program
 from kitestring.errors import TaskError
 from kitestring.tasks.task import Array, Recorded, Task
 
-RowLoss = Callable[[Tensor, Tensor], Tensor]
 _TEMPERATURE = 2.0
-
-
-def _over_rows(each: Tensor, real: Tensor) -> Tensor:
-    """Mean over what is real within a row: [n, ...] -> [n]."""
-    if each.ndim == 1:
-        return each * real
-    each, real = each.flatten(1), real.flatten(1)
-    return (each * real).sum(1) / real.sum(1).clamp(min=1)
-
-
-def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
-    """Logits [n, ..., C] and classes [n, ...] (below 0: ignored) -> [n]."""
-    own = F.log_softmax(out, -1).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return _over_rows(-own, (y >= 0).to(out.dtype))
-
-
-def binary(out: Tensor, y: Tensor) -> Tensor:
-    """Logits [n] and 0 or 1 [n] -> [n]."""
-    return F.softplus(out) - out * y.to(out.dtype)
-
-
-def squared(out: Tensor, y: Tensor) -> Tensor:
-    each = (out - y) ** 2
-    return _over_rows(each, torch.ones_like(each))
-
-
-LOSSES: dict[str, RowLoss] = {
-    "cross_entropy": cross_entropy, "binary": binary, "squared": squared,
-}  # fmt: skip
 
 
 def confidence(task: Task) -> Callable[[Tensor], Tensor] | None:
@@ -96,18 +68,13 @@ def entropy(task: Task) -> Callable[[Tensor], Tensor] | None:
 
 
 def _divergence(loss: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """How far the outputs are from a teacher's: (out, teacher, y) -> [n].
-
-    For classes T^2 KL(teacher || student) at temperature T (Hinton, Vinyals, Dean 2015, section
-    2.1)."""
+    """How far the outputs are from a teacher's: (out, teacher, y) -> [n]."""
 
     def classes(out: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
-        p = F.log_softmax(teacher / _TEMPERATURE, -1)
-        q = F.log_softmax(out / _TEMPERATURE, -1)
-        return _over_rows(_TEMPERATURE**2 * (p.exp() * (p - q)).sum(-1), (y >= 0).to(out.dtype))
+        return response(out, teacher, _TEMPERATURE, real(y))
 
     def one_logit(out: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
-        return F.softplus(out) - out * teacher.sigmoid()
+        return binary(out, teacher.sigmoid())
 
     def values(out: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
         return squared(out, teacher)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from kitestring import units
+from kitestring.compress.distil.objective import LOSSES
 from kitestring.devices.fit.programs import Program, size_in_bytes
 from kitestring.devices.profiles import Profile
 from kitestring.errors import DataError, KitestringError, TaskError
-from kitestring.tasks.programs import LOSSES, programs, split
+from kitestring.tasks.programs import programs, split
 from kitestring.tasks.task import Array, Metric, Recorded, Task
 from kitestring.tasks.users import SPLITS, Columns, Split
 
