@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | docs | bench-simulation | bench-devices | clean
+# make demo | test | test-all | lint | docs | bench-simulation | bench-devices | bench-shrink | clean
 # PYTHON=python3.12 picks the Python
 #
 # All of it happens in .venv, made on first use with `python3 -m venv` and brought up to date when
@@ -20,7 +20,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 MADE := $(VENV)/made-$(or $(VERSION),nothing)
 endif
 
-.PHONY: help demo test test-slow test-all lint docs bench-simulation bench-devices clean
+.PHONY: help demo test test-slow test-all lint docs bench-simulation bench-devices bench-shrink clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make docs      write the generated parts of the docs anew"
 	@echo "make bench-simulation   Kitestring's simulation beside Flower's and pfl-research's (half an hour)"
 	@echo "make bench-devices      training and predicting without torch, beside torch and ONNX Runtime's examples (10 minutes)"
+	@echo "make bench-shrink       distilling, pruning and quantising, beside other libraries (hours; needs Shakespeare, QMNIST)"
 	@echo "make clean     remove .venv, .bench, caches and built packages"
 
 demo: $(VENV)/compare
@@ -60,6 +61,9 @@ bench-simulation: $(VENV)/compare
 
 bench-devices: $(VENV)/compare
 	@$(BIN)/python benchmarks/devices/run.py
+
+bench-shrink: $(VENV)/compare
+	@$(BIN)/python benchmarks/shrink/run.py
 
 clean:
 	rm -rf $(VENV) .bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

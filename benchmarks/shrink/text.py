@@ -11,6 +11,7 @@ own compute, between whose runs the logarithm of operations interpolates.
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
 from typing import Any
 
@@ -45,7 +46,7 @@ GIVEN: dict[str, Objective] = {
     "skew reverse KL 0.1": d.Divergence(d.skew_reverse_kl, alpha=0.1),
 }
 HEADS = (
-    "method", "perplexity", "alone at equal compute", "operations", "accepted on text",
+    "method", "perplexity", "alone at equal compute", "operations", "CPU", "accepted on text",
     "on its own text", "characters a call (k = 4)", "teacher's nats of its text", "excess",
 )  # fmt: skip
 JUDGED = ("accepted", "accepted_own", "tokens_a_call", "own_nats", "excess")
@@ -108,13 +109,14 @@ def settings(steps: int, seed: int, lr: float = LR) -> Settings:
     return Settings(steps, BATCH, lr, "adamw", 0.01, min(WARM, steps // 10), seed=seed)
 
 
-def judged(model: nn.Module, spent: float) -> dict[str, Any]:
-    rows = held_out("test", 512)
+def judged(model: nn.Module, spent: float, began: float) -> dict[str, Any]:
+    """`spent`: operations of the training, which began when the process had taken `began`."""
+    took, rows = time.process_time() - began, held_out("test", 512)
     found = acceptance(model, teacher(), rows[:256], k=4)
     bias = exposure(model, teacher(), rows[:256, :PROMPT], CONTEXT - PROMPT)
     return {
-        "perplexity": perplexity(model, rows), "flops": spent, "accepted": found.text,
-        "accepted_own": found.own, "tokens_a_call": found.tokens,
+        "perplexity": perplexity(model, rows), "flops": spent, "seconds": took,
+        "accepted": found.text, "accepted_own": found.own, "tokens_a_call": found.tokens,
         "own_nats": bias.own, "teachers_nats": bias.teacher, "excess": bias.excess,
     }  # fmt: skip
 
@@ -125,25 +127,27 @@ def training(steps: int) -> float:
 
 
 def alone(seed: int, times: float) -> dict[str, Any]:
-    steps = round(STEPS * times)
+    steps, began = round(STEPS * times), time.process_time()
     found = distil(
         fresh(seed), None, text(given(), batch=BATCH, seed=seed), Supervised(),
         settings(steps, seed),
     )  # fmt: skip
-    return judged(found.module, training(steps))
+    return judged(found.module, training(steps), began)
 
 
 def on_given(seed: int, name: str) -> dict[str, Any]:
     """The teacher says what comes next in given text."""
     batches = with_outputs(text(given(), batch=BATCH, seed=seed))
+    began = time.process_time()
     found = distil(fresh(seed), None, batches, GIVEN[name], settings(STEPS, seed))
     seen = min(STEPS * BATCH, len(given()))
-    return judged(found.module, training(STEPS) + seen * flops(teacher()))
+    return judged(found.module, training(STEPS) + seen * flops(teacher()), began)
 
 
 def by_heart(seed: int) -> dict[str, Any]:
     """Sequence-level: half the steps on given text, half on what the teacher drew."""
-    half, prompts = STEPS // 2, windows("train", 12_000, seed, PROMPT)
+    half, began = STEPS // 2, time.process_time()
+    prompts = windows("train", 12_000, seed, PROMPT)
     written = taught(
         teacher(), prompts, CONTEXT + 1 - PROMPT, temperature=1.0, batch=256, seed=seed
     )
@@ -152,7 +156,7 @@ def by_heart(seed: int) -> dict[str, Any]:
         begun, None, answered(written, PROMPT, batch=BATCH, seed=seed), Supervised(),
         settings(half, seed, ON_POLICY_LR),
     )  # fmt: skip
-    return judged(found.module, training(STEPS) + len(prompts) * flops(teacher()))
+    return judged(found.module, training(STEPS) + len(prompts) * flops(teacher()), began)
 
 
 def _begun(seed: int, steps: int) -> nn.Module:
@@ -164,7 +168,7 @@ def _begun(seed: int, steps: int) -> nn.Module:
 
 def on_own(seed: int, name: str) -> dict[str, Any]:
     """Half the steps on given text alone, then half with text that the student draws itself."""
-    half = STEPS // 2
+    half, began = STEPS // 2, time.process_time()
     begun, prompts = _begun(seed, half), windows("train", 12_000, seed, PROMPT)
     drawn = CONTEXT + 1 - PROMPT
     written = own(prompts, drawn, batch=BATCH, seed=seed)
@@ -187,7 +191,7 @@ def on_own(seed: int, name: str) -> dict[str, Any]:
     found = distil(begun, teacher(), batches, objective, settings(half, seed, ON_POLICY_LR))
     if isinstance(batches, Replay):
         spent += batches.drawn * BATCH * small
-    return judged(found.module, spent)
+    return judged(found.module, spent, began)
 
 
 def jobs() -> list[tuple[str, Job]]:
@@ -218,7 +222,9 @@ def table() -> str:
     for name, found in rows.items():
         spent = float(np.mean([r["flops"] for r in found]))
         same = float(np.exp(np.interp(np.log(spent), *zip(*curve, strict=True))))
+        took = float(np.mean([r["seconds"] for r in found]))
         cells = [name, _mean(found, "perplexity"), f"{same:.3f}", f"{spent / 1e12:.1f} T"]
+        cells.append(f"{took:.0f} s")
         cells += [_mean(found, key) for key in JUDGED]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
