@@ -33,10 +33,10 @@ from kitestring.compress.distil.text.sequence import answered, taught
 from kitestring.compress.distil.train import Settings, distil
 from kitestring.tasks.llama import Llama
 
-STEPS, BATCH, SEEDS = 1500, 32, 3
+STEPS, BATCH, SEEDS = 600, 32, 3
 LR, ON_POLICY_LR, WARM = 4e-3, 1e-3, 100
 PROMPT = 64  # characters; the rest of a window is drawn
-ALONE = (1, 2, 4)  # times the steps
+ALONE = (1, 3, 6)  # times the steps
 GIVEN: dict[str, Objective] = {
     "forward KL": d.Divergence(d.forward_kl),
     "forward KL, half labels": Sum((0.5, Supervised()), (0.5, d.Divergence(d.forward_kl))),

@@ -13,8 +13,8 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from kitestring import __version__
-from kitestring.errors import KitestringError, SettingError
+from kitestring import __version__, asked
+from kitestring.errors import KitestringError
 from kitestring.export import command as exporting
 from kitestring.extras import need
 from kitestring.measure import command as measuring
@@ -39,15 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="try every way of collaborating on a task, and say which to choose",
         description="Try every way of collaborating on a task, and say which to choose.",
     )
-    data = compare.add_argument_group("the task")
-    data.add_argument(
-        "task", nargs="?", metavar="TASK",
-        help="a built-in task (`kitestring tasks` lists them), package.module:name or file.py:name",
-    )  # fmt: skip
-    data.add_argument("--csv", metavar="FILE", help="a table instead, one row a line")
-    data.add_argument("--user", metavar="COL", help="its column that says whose row it is")
-    data.add_argument("--target", metavar="COL", help="its column to predict")
-    data.add_argument("--users", type=int, metavar="N", help="only so many of the users")
+    asked.add_task(compare)
     what = compare.add_argument_group("the comparison")
     what.add_argument("--only", metavar="NAMES", default="", help="only these, separated by commas")
     what.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds (default 3)")
@@ -172,7 +164,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
     load_prices(given.prices)
     order = Order(
         task=given.task or "digits",
-        csv=_table(given),
+        csv=asked.table(given),
         user=given.user or "",
         target=given.target or "",
         users=given.users,
@@ -186,10 +178,7 @@ def _compare(given: argparse.Namespace, command: str) -> None:
         lost=given.lost,
         shrunk=given.shrunk,
     )
-    if given.workers is not None and given.workers < 1:
-        raise SettingError(f"--workers {given.workers} is too small", mend="Give 1 or more")
-    if given.resume and given.fresh:
-        raise SettingError("--resume and --fresh exclude each other")
+    asked.check_run(given)
     folder = given.out or Path("runs") / order.title
     from kitestring.comparison.progress import Progress
 
@@ -201,18 +190,6 @@ def _compare(given: argparse.Namespace, command: str) -> None:
             heard=progress,
         )  # fmt: skip
     _judge(comparison, folder, given, command)
-
-
-def _table(given: argparse.Namespace) -> str | None:
-    if given.csv is None:
-        if given.user or given.target:
-            raise SettingError("--user and --target belong to --csv", mend="Add --csv FILE")
-        return None
-    if given.task:
-        raise SettingError(f"a task ({given.task}) and --csv exclude each other")
-    if not given.user or not given.target:
-        raise SettingError("--csv needs --user COL and --target COL")
-    return str(given.csv)
 
 
 def _report(given: argparse.Namespace, command: str) -> None:

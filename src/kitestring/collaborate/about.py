@@ -54,12 +54,15 @@ class Budget:
         """As many rates as `lrs`, evenly in the logarithm, from a tenth of the least: what a last
         layer bears depends on how large the features are that it stands on."""
         low, high, count = min(self.lrs) / 10, max(self.lrs), len(self.lrs)
-        steps = (
-            [(i + 0.5) / count for i in range(count)]
-            if count < 2
-            else [i / (count - 1) for i in range(count)]
-        )
+        steps = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
         return tuple(float(f"{low * (high / low) ** step:.3g}") for step in steps)
+
+    @property
+    def in_cloud(self) -> list[tuple[int, int, int, float, str]]:
+        """Of each trial of what trains in the cloud: rounds, epochs, batch, rate and optimiser."""
+        rounds = min(10, self.cloud_epochs)
+        epochs, batch = self.cloud_epochs // rounds, self.cloud_batch
+        return [(rounds, epochs, batch, lr, self.cloud_optimiser) for lr in self.cloud_lrs]
 
     @property
     def steps(self) -> int:

@@ -27,9 +27,12 @@ class OnDevice:
         return Tree() if self.private else state.weights
 
     def decide(self, devices: Devices, deployed: Tree) -> Decision:
-        weights = devices.private if self.private else deployed
+        weights = self.weights(devices, deployed)
         answer = devices.predict(f"{self.model}.answer", weights, devices.data)
         return Decision(answer, nothing_sent(devices), Message())
+
+    def weights(self, devices: Devices, deployed: Tree) -> Tree:
+        return devices.private if self.private else deployed
 
     def answer(self, state: Any, up: Message, cloud: Cloud) -> Message:
         return Message()

@@ -1,13 +1,15 @@
-"""What collaborations share of training: the settings of `fit`, and single optimiser steps."""
+"""What collaborations share of training: the settings of `fit`, the loss by which devices choose,
+and single optimiser steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from kitestring.core import Array, Recipe, Tree
+from kitestring.core import Array, Devices, Recipe, Rows, Tree
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
@@ -16,6 +18,12 @@ def recipe(settings: Any) -> Recipe:
     """How a collaboration trains, by its own settings."""
     plain = Recipe(settings.lr, settings.epochs, settings.batch, settings.optimiser)
     return replace(plain, shuffle=getattr(settings, "shuffle", True))
+
+
+def mean_loss(weights: Tree, rows: Mapping[str, Rows], devices: Devices) -> Array:
+    """[D] of the small model; 0 where there is no row."""
+    each = devices.predict("small.loss", weights, rows)["loss"]
+    return np.where(each.mask(), each.values, 0).sum(1) / np.maximum(1, each.n)
 
 
 def moments(weights: Tree, optimiser: str) -> Tree:

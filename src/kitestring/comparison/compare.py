@@ -20,12 +20,10 @@ from pathlib import Path
 from kitestring.comparison import shrunk
 from kitestring.comparison.assemble import assemble, cores, spent
 from kitestring.comparison.board import Board
-from kitestring.comparison.jobs import Bench
 from kitestring.comparison.methods import POOL_TRAINED, Method
 from kitestring.comparison.order import Order, budget, missing
 from kitestring.comparison.results import Comparison, Times, from_json, to_json
 from kitestring.comparison.workers import Listener, Workers
-from kitestring.devices.profiles import profile
 from kitestring.errors import RunError
 from kitestring.tasks.task import Recorded, Task
 from kitestring.tasks.validate import fits, validate
@@ -41,9 +39,8 @@ def compare(
     task = order.load()
     notes = validate(task)
     with _claimed(folder, order, resume, fresh) as begin, Workers(order, workers) as hands:
-        hardware, how = profile(order.profile), order.compute
         shrunk.of_task(order.shrunk, task.name)
-        bench = Bench(task, hardware, how, order.lost, order.device, order.precision, order.shrunk)
+        bench = order.bench(task)
         programs = bench.compute(0).programs
         fits(task, programs, bench.profile)
         names = set(programs)

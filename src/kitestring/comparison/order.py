@@ -66,6 +66,10 @@ class Order:
             return first_users(task, self.users) if self.users else task
         return find(self.task, self.users)
 
+    def bench(self, task: Task | Recorded) -> Bench:
+        hardware, how = profile(self.profile), self.compute
+        return Bench(task, hardware, how, self.lost, self.device, self.precision, self.shrunk)
+
     @property
     def shown(self) -> list[Method]:
         """What has a row."""

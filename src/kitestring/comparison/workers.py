@@ -21,7 +21,6 @@ from kitestring.comparison.jobs import Bench, Job, work
 from kitestring.comparison.methods import Method
 from kitestring.comparison.order import Order
 from kitestring.devices.fit.compute import thread_per_process
-from kitestring.devices.profiles import profile
 from kitestring.errors import KitestringError, RunError, TaskError
 
 
@@ -111,9 +110,7 @@ def _prepare(order: Order, heard: Any) -> None:
     global _bench, _methods, _heard
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     thread_per_process()
-    task, hardware, how = order.load(), profile(order.profile), order.compute
-    _bench = Bench(task, hardware, how, order.lost, order.device, order.precision, order.shrunk)
-    _methods, _heard = order.methods, heard
+    _bench, _methods, _heard = order.bench(order.load()), order.methods, heard
     gc.freeze()  # what is there stays: the collector of cycles need not walk all of torch again
 
 

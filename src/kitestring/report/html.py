@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib import resources
 from typing import Any
 
 from kitestring import units
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page in the report's style, without a script. `title`: plain text, escaped here;
+    `parts`: HTML, of which the empty ones are left out."""
+    css = resources.files("kitestring.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
 
 
 def cell(text: str, kind: str = "") -> str:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from kitestring.core import KINDS
 from kitestring.errors import RunError
 from kitestring.report import terminal
 from kitestring.report.decide import Verdict
-from kitestring.report.html import bullets, cell, facts, plain, settings
+from kitestring.report.html import bullets, cell, document, facts, plain, settings
 from kitestring.report.plots import bytes_plot, rounds_plot, users_plot
 from kitestring.report.prices import FIGURES, MONTH, Prices, mean_daily, mean_traffic
 from kitestring.report.summary import cloud_calls, cloud_flops, latency, measured, quality
@@ -46,7 +45,6 @@ def write_plot(comparison: Comparison, prices: Prices, path: Path) -> None:
 
 def page(comparison: Comparison, verdict: Verdict, prices: Prices, command: str = "") -> str:
     """The report as HTML."""
-    css = resources.files("kitestring.report").joinpath("page.css").read_text(encoding="utf-8")
     task = escape(comparison.task)
     parts = [
         f"<h1>Kitestring: {task}</h1>",
@@ -60,13 +58,7 @@ def page(comparison: Comparison, verdict: Verdict, prices: Prices, command: str 
         _basis(comparison, prices),
         _reproduce(comparison, command),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Kitestring: {task}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
+    return document(f"Kitestring: {comparison.task}", parts)
 
 
 def _verdict(comparison: Comparison, verdict: Verdict) -> str:

@@ -47,7 +47,7 @@ MARKERS = {
     "request": "P",
 }
 OTHER = "X"
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a title may hold a dollar sign
     "font.family": "DejaVu Sans",  # always there, and wider than what browsers put in its place
@@ -107,7 +107,7 @@ def bytes_plot(comparison: Comparison, prices: Prices, *, page: bool = True) -> 
         axes = figure.add_axes((0.17, 0.14, 0.81, 0.83))
         _bytes(axes, comparison, prices)
 
-    return _svg(draw, 3.5, "bytes", page)
+    return svg(draw, 3.5, "bytes", page)
 
 
 def users_plot(comparison: Comparison) -> str:
@@ -119,7 +119,7 @@ def users_plot(comparison: Comparison) -> str:
         axes = figure.add_axes((0.29, 0.5 / height, 0.69, 1 - 0.56 / height))
         _users(axes, comparison, rows)
 
-    return _svg(draw, height, "users", True)
+    return svg(draw, height, "users", True)
 
 
 def rounds_plot(comparison: Comparison) -> str | None:
@@ -132,7 +132,7 @@ def rounds_plot(comparison: Comparison) -> str | None:
         axes = figure.add_axes((0.17, 0.15, 0.61, 0.82))
         _rounds(axes, comparison, curves)
 
-    return _svg(draw, 3.1, "rounds", True)
+    return svg(draw, 3.1, "rounds", True)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -404,9 +404,9 @@ def _spread_out(i: int) -> float:
     return value
 
 
-def _svg(draw: Callable[[Figure], None], height: float, name: str, page: bool) -> str:
+def svg(draw: Callable[[Figure], None], height: float, name: str, page: bool) -> str:
     """The drawing as SVG text: without date or header, and with ids of its own."""
-    style: Any = {**_STYLE, "svg.hashsalt": name}
+    style: Any = {**STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # A glyph that our font lacks is drawn by the reader's browser in a font of its own.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

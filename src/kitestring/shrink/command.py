@@ -6,16 +6,22 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kitestring.errors import SettingError
+from kitestring import asked
+from kitestring.errors import KitestringError
 from kitestring.extras import need
 
 if TYPE_CHECKING:
     from kitestring.comparison.order import Order
+    from kitestring.shrink.bench import Bench
     from kitestring.shrink.budget import Budget
+    from kitestring.shrink.personal import Gained, How, Missing
+    from kitestring.shrink.results import Found
+    from kitestring.shrink.study import Study
 
 EXAMPLE = 'kitestring shrink digits --profile raspberry-pi-4 --budget "100kB, 1ms"'
 UNMET = 3
-"""The exit status where nothing meets the budget."""
+"""The exit status where not all that was asked for is there."""
+HOW = ("last", "adapters")
 
 
 def add(commands: Any) -> None:
@@ -26,17 +32,9 @@ def add(commands: Any) -> None:
         description="Search combinations of distilling, pruning, quantising and width for a "
         "device: the front of quality, size and time, whom each costs what, and the choice as a "
         "signed package, measured again in the device's runtime. Exit status 3: nothing meets the "
-        "budget.",
+        "budget, or the choice cannot be personalised.",
     )
-    data = shrink.add_argument_group("the task")
-    data.add_argument(
-        "task", nargs="?", metavar="TASK",
-        help="a built-in task (`kitestring tasks` lists them), package.module:name or file.py:name",
-    )  # fmt: skip
-    data.add_argument("--csv", metavar="FILE", help="a table instead, one row a line")
-    data.add_argument("--user", metavar="COL", help="its column that says whose row it is")
-    data.add_argument("--target", metavar="COL", help="its column to predict")
-    data.add_argument("--users", type=int, metavar="N", help="only so many of the users")
+    asked.add_task(shrink)
     what = shrink.add_argument_group("the search")
     what.add_argument(
         "--profile", default="phone", metavar="NAME",
@@ -48,6 +46,11 @@ def add(commands: Any) -> None:
         "time of a request, the peak of memory (memory: what the profile has)",
     )  # fmt: skip
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds (default 1)")
+    what.add_argument(
+        "--personal", choices=HOW,
+        help="then train a part of the choice on each user's device, its last layer or low-rank "
+        "adapters beside every linear layer; say who gains, and pack that too (not done)",
+    )  # fmt: skip
     run = shrink.add_argument_group("the run")
     run.add_argument("--out", type=Path, metavar="DIR", help="where to keep it (runs/shrink-TASK)")
     run.add_argument(
@@ -56,15 +59,17 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     run.add_argument(
         "--resume", action="store_true",
-        help="go on with a search that was interrupted, or judge by another budget or profile",
+        help="go on with a search that was interrupted, or judge by another budget or profile, or "
+        "personalise what was found",
     )  # fmt: skip
     run.add_argument("--fresh", action="store_true", help="start over, whatever is there")
     run.add_argument("--workers", type=int, metavar="N", help="processes (one for each core)")
 
 
 def run(given: argparse.Namespace, command: str) -> int:
-    """Prints the front, and writes the study, models, front.json, .svg, .png, report.html and
-    choice.kite. 3 where nothing meets the budget. Raises `KitestringError`."""
+    """Prints the front, and writes the study, models, front.json, .svg, .png, report.html,
+    choice.kite and, where it is asked for, personal.kite. 3 where nothing meets the budget, or the
+    choice cannot be personalised. Raises `KitestringError`."""
     need("shrinking", "torch", "onnx", "rich", "matplotlib")
     from kitestring.comparison import forks
     from kitestring.comparison.assemble import cores
@@ -74,14 +79,11 @@ def run(given: argparse.Namespace, command: str) -> int:
     # What can be wrong with names is told now, not after the work.
     budget = parse(given.budget)
     order = Order(
-        task=given.task or "digits", csv=_table(given), user=given.user or "",
+        task=given.task or "digits", csv=asked.table(given), user=given.user or "",
         target=given.target or "", users=given.users, seeds=given.seeds, trials=1,
         profile=given.profile,
     )  # fmt: skip
-    if given.workers is not None and given.workers < 1:
-        raise SettingError(f"--workers {given.workers} is too small", mend="Give 1 or more")
-    if given.resume and given.fresh:
-        raise SettingError("--resume and --fresh exclude each other")
+    asked.check_run(given)
     folder = given.out or Path("runs") / f"shrink-{order.title}"
     workers = given.workers or cores()
     if workers > 1:
@@ -97,7 +99,7 @@ def _search(
 
     from kitestring.package import keys
     from kitestring.report.terminal import indented
-    from kitestring.shrink import kept, page, picture, show
+    from kitestring.shrink import kept, page, personal, picture, show
     from kitestring.shrink.bench import Bench
     from kitestring.shrink.package import FILE, KEY, packed
     from kitestring.shrink.progress import Progress
@@ -114,12 +116,13 @@ def _search(
     console = Console()
     with claimed(folder, order, given.resume, given.fresh) as begin:
         study = begin()
-        with Progress() as progress:
+        with Progress("search") as progress:
             found = search(bench, budget, study, workers, progress, seconds=not given.resume)
         console.print(show.table(found))
         console.print(show.verdict(found))
         done = None
-        (folder / FILE).unlink(missing_ok=True)
+        for name in (FILE, personal.FILE):
+            (folder / name).unlink(missing_ok=True)
         if found.choice is not None:
             if not key.exists():
                 keys.create(key)
@@ -127,24 +130,35 @@ def _search(
             chosen, large = found.choice.candidate, found.scale.reference
             done = packed(bench, chosen, large, key, folder / FILE)
             console.print(show.remeasured(found, done))
+        gained = None
+        if given.personal:
+            gained = _personal(bench, found, given.personal, key, folder, study)
+            console.print(show.personalised(found, gained))
+        console.print("")
         for line in show.basis(found.scale):
             console.print(indented(line))
-        kept.write(found, done, folder, command)
+        kept.write(found, done, gained, folder, command)
         picture.draw(found, f"{found.task} on {found.scale.device.name}", folder)
-        page.write(found, done, folder / "report.html", command)
-    made = f"{FILE}, report.html" if done else "report.html"
-    where = folder.resolve()
-    console.print(f"\nKept: {where}/{made}, front.json", soft_wrap=True, highlight=False)
-    return 0 if done else UNMET
+        page.write(found, done, gained, folder / "report.html", command)
+    made = [name for name in (FILE, personal.FILE) if (folder / name).exists()]
+    names = ", ".join([*made, "report.html", "front.json"])
+    console.print(f"\nKept: {folder.resolve()}/{names}", soft_wrap=True, highlight=False)
+    return UNMET if done is None or isinstance(gained, personal.Missing) else 0
 
 
-def _table(given: argparse.Namespace) -> str | None:
-    if given.csv is None:
-        if given.user or given.target:
-            raise SettingError("--user and --target belong to --csv", mend="Add --csv FILE")
-        return None
-    if given.task:
-        raise SettingError(f"a task ({given.task}) and --csv exclude each other")
-    if not given.user or not given.target:
-        raise SettingError("--csv needs --user COL and --target COL")
-    return str(given.csv)
+def _personal(
+    bench: Bench, found: Found, how: How, key: Path, folder: Path, study: Study
+) -> Gained | Missing:
+    """Whatever is wrong with it, the choice is packed already: what was found is not lost."""
+    from kitestring.shrink import personal
+    from kitestring.shrink.progress import Progress
+
+    if found.choice is None:
+        return personal.Missing(how, "nothing meets the budget")
+    path = folder / personal.FILE
+    try:
+        with Progress("personal") as progress:
+            return personal.personal(bench, found.choice.candidate, how, key, path, study, progress)
+    except KitestringError as problem:
+        path.unlink(missing_ok=True)
+        return personal.Missing(how, str(problem))

@@ -67,13 +67,17 @@ def parts(x: Tensor, rows: int) -> list[Tensor]:
     return [x[at : at + rows] for at in range(0, len(x), rows)]
 
 
+def evenly(count: int, most: int) -> Array:
+    """Indices below `count`, at most `most` of them, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
 class Judges:
     """Device users, each of whose held-out rows a model is judged by; of many, evenly chosen."""
 
     def __init__(self, task: Task) -> None:
         self.task, self.people = task, DeviceUsers(task.users)
-        count = self.people.size
-        self.ids = np.unique(np.linspace(0, count - 1, min(count, MOST)).astype(np.int64))
+        self.ids = evenly(self.people.size, MOST)
         self.names = [task.users.names[task.users.devices[i]] for i in self.ids.tolist()]
 
     def example(self) -> Array:

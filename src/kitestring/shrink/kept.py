@@ -14,16 +14,22 @@ from kitestring.comparison.compare import write_whole
 from kitestring.measure.bench import machine
 from kitestring.shrink import show
 from kitestring.shrink.package import Packed
+from kitestring.shrink.personal import Gained, Missing
 from kitestring.shrink.results import Entry, Found, Scores, quality
 from kitestring.shrink.study import FRONT
 
 
-def write(found: Found, done: Packed | None, folder: Path, command: str) -> None:
+def write(
+    found: Found, done: Packed | None, gained: Gained | Missing | None, folder: Path, command: str
+) -> None:
     """`front.json`; where it is, the search is finished."""
-    write_whole(folder / FRONT, json.dumps(plain(found, done, command), indent=1) + "\n")
+    whole = plain(found, done, gained, command)
+    write_whole(folder / FRONT, json.dumps(whole, indent=1) + "\n")
 
 
-def plain(found: Found, done: Packed | None, command: str) -> dict[str, Any]:
+def plain(
+    found: Found, done: Packed | None, gained: Gained | Missing | None, command: str
+) -> dict[str, Any]:
     choice = found.choice
     return {
         "kitestring": __version__,
@@ -44,6 +50,7 @@ def plain(found: Found, done: Packed | None, command: str) -> dict[str, Any]:
         "says": [show.headline(found), *show.reasons(found)],
         "candidates": {e.name: _entry(found, e) for e in found.entries.values()},
         "remeasured": None if done is None else _remeasured(found, done),
+        "personal": None if gained is None else _personal(found, gained),
         "seconds": found.seconds,
     }
 
@@ -58,9 +65,13 @@ def _entry(found: Found, entry: Entry) -> dict[str, Any]:
     }
     for split, by_metric in (("validation", entry.scores), ("test", entry.test)):
         if by_metric:
-            own = quality(by_metric[found.metric.name], found.metric)
-            said[split] = {**_finite(asdict(own)), "scores": _scores(by_metric)}
+            said[split] = _judged(found, by_metric)
     return said
+
+
+def _judged(found: Found, by_metric: Mapping[str, Scores]) -> dict[str, Any]:
+    own = quality(by_metric[found.metric.name], found.metric)
+    return {**_finite(asdict(own)), "scores": _scores(by_metric)}
 
 
 def _scores(by_metric: Mapping[str, Scores]) -> Any:
@@ -78,6 +89,30 @@ def _remeasured(found: Found, done: Packed) -> dict[str, Any]:
         "here": asdict(done.taken),
         "scaled": asdict(found.scale(done.taken)),
         "validation": [None if math.isnan(x) else x for x in done.scores],
+    }
+
+
+def _personal(found: Found, gained: Gained | Missing) -> dict[str, Any]:
+    if isinstance(gained, Missing):
+        return {"how": gained.how, "why_not": gained.why}
+    c = show.gain(found, gained)
+    change = {"mean": c.mean, "error": c.error, "worse": c.worse, "better": c.better}
+    tried = [{"lr": lr, "mean": score} for lr, score in gained.tried.items()]
+    return {
+        "how": gained.how,
+        "file": gained.path.name,
+        "package_bytes": gained.size,
+        "parameters": gained.parameters,
+        "lr": gained.lr,
+        "validation": {
+            "users": gained.tried_on,
+            **_finite({"before": gained.untrained}),
+            "tried": [_finite(t) for t in tried],
+        },
+        "before": _judged(found, gained.before),
+        "after": _judged(found, gained.after),
+        "change": {**_finite(change), "quarters": list(c.quarters)},
+        "kept": gained.kept,
     }
 
 

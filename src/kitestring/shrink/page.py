@@ -5,29 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from kitestring import __version__, units
 from kitestring.comparison.compare import write_whole
 from kitestring.measure.bench import machine
-from kitestring.report.html import bullets, cell, facts
+from kitestring.report.html import bullets, cell, document, facts
+from kitestring.report.plots import PALETTE
 from kitestring.shrink import show
 from kitestring.shrink.package import Packed
+from kitestring.shrink.personal import Gained, Missing
 from kitestring.shrink.picture import front_plot, users_plot
-from kitestring.shrink.results import Change, Entry, Found, quality
+from kitestring.shrink.results import Change, Entry, Found, Scores, quality
 
 SCALED = '<span class="tag">scaled</span>'
 _WORST = 8  # users that are named
 
 
-def write(found: Found, done: Packed | None, path: Path, command: str) -> None:
+def write(
+    found: Found, done: Packed | None, gained: Gained | Missing | None, path: Path, command: str
+) -> None:
     """Write the page whole or not at all."""
-    write_whole(path, page(found, done, command))
+    write_whole(path, page(found, done, gained, command))
 
 
-def page(found: Found, done: Packed | None, command: str) -> str:
-    css = resources.files("kitestring.report").joinpath("page.css").read_text(encoding="utf-8")
+def page(found: Found, done: Packed | None, gained: Gained | Missing | None, command: str) -> str:
     title = f"Kitestring: {found.task}, shrunk"
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -35,16 +37,11 @@ def page(found: Found, done: Packed | None, command: str) -> str:
         _verdict(found, done),
         _plots(found),
         _whom(found),
+        _personal(found, gained) if gained else "",
         _tables(found),
         _basis(found, command),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
+    return document(title, parts)
 
 
 def _verdict(found: Found, done: Packed | None) -> str:
@@ -97,10 +94,35 @@ def _whom(found: Found) -> str:
         "user with few rows moves in large steps, by luck too: look at how many lose against how "
         "many gain."
     )
+    name = found.metric.name
+    hurt = _hurt(found, "large", (found.large.test[name], entry.test[name]), change)
     return (
         f"<h2>Whom {escape(entry.title)} hurts</h2>\n"
         f'<div class="plots">{_figure("Change by user", users_plot(found, changes), caption)}'
-        f"<div>{_quarters(found, changes)}{_hurt(found, entry, change)}</div></div>"
+        f"<div>{_quarters(found, changes)}{hurt}</div></div>"
+    )
+
+
+def _personal(found: Found, gained: Gained | Missing) -> str:
+    """What training on the device gives whom."""
+    if isinstance(gained, Missing):
+        return f"<h2>Personal</h2>\n<p>{escape(show.missing(gained))}</p>"
+    change, name = show.gain(found, gained), found.metric.name
+    heads = "".join(f"<th>{text}</th>" for text in ("mean", "p10", "worst 10%"))
+    lines = [(label, show.scores(found, q)) for label, q in show.ends(found, gained)]
+    table = _rows(heads, lines)
+    caption = f"Each user's change in {escape(name)} on test rows, above 0 better off."
+    changes = [("by training", change)]
+    plot = ""
+    if not all(map(math.isnan, change.each)):
+        svg = users_plot(found, changes, "personal", (PALETTE[2],))
+        plot = _figure("Gain by user", svg, caption)
+    ends = (gained.before[name], gained.after[name])
+    return (
+        f"<h2>Personal: {escape(show.PARTS[gained.how])}, trained on each user's device</h2>\n"
+        f"{bullets(show.terms(found, gained))}\n"
+        f'<div class="plots">{plot}<div>{table}{_quarters(found, changes)}'
+        f"{_hurt(found, 'as it came', ends, change)}</div></div>"
     )
 
 
@@ -114,39 +136,41 @@ def _quarters(found: Found, changes: Sequence[tuple[str, Change]]) -> str:
         (f"better off{unit}", [units.share(c.better) for _, c in changes]),
     ]
     names = ("worst served quarter", "second quarter", "third quarter", "best served quarter")
+    if any(len(c.quarters) < 4 for _, c in changes):  # fewer users than that
+        return _rows(heads, lines)
     for i, name in enumerate(names):
         lines.append((name, [show.gap(found, c.quarters[i]) for _, c in changes]))
+    return (
+        f"{_rows(heads, lines)}<p class='small'>Quarters of the users by the mean of both models' "
+        "scores: ranked by one of them, the lucky would seem to lose.</p>"
+    )
+
+
+def _rows(heads: str, lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table of lines that each have a name. `heads`: HTML; the rest is escaped."""
     body = "".join(
         f"<tr><th scope='row'>{escape(name)}</th>{''.join(map(cell, cells))}</tr>"
         for name, cells in lines
     )
     return (
         f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody>'
-        "</table></div><p class='small'>Quarters of the users by the mean of both models' scores: "
-        "ranked by one of them, the lucky would seem to lose.</p>"
+        "</table></div>"
     )
 
 
-def _hurt(found: Found, entry: Entry, change: Change) -> str:
-    """Those who lose most, by name."""
+def _hurt(found: Found, before: str, scores: tuple[Scores, Scores], change: Change) -> str:
+    """Those who lose most, by name. `scores`: then, of what is called `before`, and now."""
     known = [i for i, x in enumerate(change.each) if x < 0]
     worst = sorted(known, key=lambda i: change.each[i])[:_WORST]
     if not worst:
         return "<p>Nobody is worse off.</p>"
-    name, unit = found.metric.name, found.metric.unit
-    body = []
+    lines = []
     for i in worst:
-        ends = [
-            sum(seed[i] for seed in e.test[name]) / len(e.test[name]) for e in (found.large, entry)
-        ]
-        cells = "".join(cell(units.score(x, unit)) for x in ends)
-        rows = cell(str(found.rows["test"][i]))
-        body.append(f"<tr><th scope='row'>{escape(found.users[i])}</th>{cells}{rows}</tr>")
-    return (
-        "<h3>Who loses most</h3>"
-        '<div class="wide"><table><thead><tr><th></th><th>large</th><th>now</th><th>rows</th></tr>'
-        f"</thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+        ends = [sum(seed[i] for seed in each) / len(each) for each in scores]
+        cells = [units.score(x, found.metric.unit) for x in ends]
+        lines.append((found.users[i], [*cells, str(found.rows["test"][i])]))
+    heads = "".join(f"<th>{escape(text)}</th>" for text in (before, "now", "rows"))
+    return f"<h3>Who loses most</h3>{_rows(heads, lines)}"
 
 
 def _tables(found: Found) -> str:

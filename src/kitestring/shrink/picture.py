@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kitestring import units
-from kitestring.report.plots import _STYLE, FONT, GRID, INK, MUTED, PALETTE, _svg
+from kitestring.report.plots import FONT, GRID, INK, MUTED, PALETTE, STYLE, svg
 from kitestring.shrink.budget import What, front
 from kitestring.shrink.candidates import PRECISIONS, REFERENCES, SHAPES, Precision, Shape
 from kitestring.shrink.results import Change, Entry, Found, quality
@@ -28,7 +28,7 @@ _WIDTH, _HEIGHT = 8.6, 4.6  # inches
 
 def draw(found: Found, title: str, folder: Path) -> list[Path]:
     """`front.svg`, which lies on light and dark pages alike, and `front.png` on white."""
-    style: Any = {**_STYLE, "svg.hashsalt": "shrink"}
+    style: Any = {**STYLE, "svg.hashsalt": "shrink"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=150)
         left = figure.add_axes((0.085, 0.36, 0.425, 0.55))
@@ -54,15 +54,19 @@ def front_plot(found: Found, what: What) -> str:
         panel(axes, found, what)
         _legend(figure, found, 0.04, 0.335, FONT - 1.5)
 
-    return _svg(drawn, 4.7, f"front-{what}", True)
+    return svg(drawn, 4.7, f"front-{what}", True)
 
 
-def users_plot(found: Found, changes: Sequence[tuple[str, Change]]) -> str:
-    """How much better or worse off each user is, from the worst off to the best: an SVG."""
+def users_plot(
+    found: Found, changes: Sequence[tuple[str, Change]], name: str = "users",
+    colours: Sequence[str] = (PALETTE[1], PALETTE[0]),
+) -> str:  # fmt: skip
+    """How much better or worse off each user is, from the worst off to the best: an SVG. `name`:
+    one that no other on the page has."""
 
     def drawn(figure: Figure) -> None:
         axes = figure.add_axes((0.17, 0.17, 0.81, 0.72))
-        for (label, c), colour in zip(changes, (PALETTE[1], PALETTE[0]), strict=False):
+        for (label, c), colour in zip(changes, colours, strict=False):
             each = sorted(x for x in c.each if not math.isnan(x))
             at = [(i + 0.5) / len(each) for i in range(len(each))]
             axes.plot(at, each, color=colour, linewidth=1.8, label=label, drawstyle="steps-mid")
@@ -78,7 +82,7 @@ def users_plot(found: Found, changes: Sequence[tuple[str, Change]]) -> str:
         axes.grid(True)
         figure.legend(loc="upper left", bbox_to_anchor=(0.1, 1.0), ncols=2, frameon=False)
 
-    return _svg(drawn, 3.2, "users", True)
+    return svg(drawn, 3.2, name, True)
 
 
 def panel(axes: Axes, found: Found, what: What) -> None:

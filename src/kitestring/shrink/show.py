@@ -13,11 +13,13 @@ from kitestring.report.terminal import indented
 from kitestring.shrink.budget import Figures, says
 from kitestring.shrink.candidates import PRECISIONS
 from kitestring.shrink.package import Packed
+from kitestring.shrink.personal import Gained, How, Missing
 from kitestring.shrink.results import NEAR, Change, Entry, Found, Quality, change, quality
 from kitestring.shrink.search import skipped
 from kitestring.shrink.taking import Scale
 
 LEGEND = "* chosen   - not on the front   ~ scaled to the device"
+PARTS: dict[How, str] = {"last": "the last layer", "adapters": "adapters beside every linear layer"}
 _ROWS = 24
 
 
@@ -136,11 +138,7 @@ def against(found: Found, entry: Entry, before: Entry) -> list[str]:
         f"Against {before.title}: {_times(then.size / now.size, 'smaller', 'as large')}, "
         f"{_times(then.p50 / now.p50, 'as fast', 'as slow')}, {_changed(found, c)}."
     ]
-    if len(c.quarters) == 4:
-        worst, best = (gap(found, c.quarters[i]) for i in (0, -1))
-        lines.append(
-            f"The quarter of the users that both serve worst: {worst}; the one served best: {best}."
-        )
+    lines += _quarters(found, c)
     old, new = (quality(e.test[found.metric.name], found.metric) for e in (before, entry))
     unit = found.metric.unit
     lines.append(
@@ -148,6 +146,15 @@ def against(found: Found, entry: Entry, before: Entry) -> list[str]:
         f"{units.score(old.worst10, unit)}."
     )
     return lines
+
+
+def _quarters(found: Found, c: Change) -> list[str]:
+    if len(c.quarters) < 4:
+        return []
+    worst, best = (gap(found, c.quarters[i]) for i in (0, -1))
+    return [
+        f"The quarter of the users that both serve worst: {worst}; the one served best: {best}."
+    ]
 
 
 def whom(found: Found, entry: Entry, before: Entry) -> Change:
@@ -204,6 +211,58 @@ def broken(found: Found, now: Figures) -> list[str]:
     """What of the budget does not hold any more: times are noisy."""
     over = [f"{says(x.what, getattr(now, x.what))} of {x}" for x in found.budget.broken(now)]
     return [f"OVER THE BUDGET: {', '.join(over)}"] if over else []
+
+
+def personalised(found: Found, gained: Gained | Missing) -> RenderableType:
+    """What training each user's part on the device gave."""
+    if isinstance(gained, Missing):
+        return _said(missing(gained), [])
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("  test rows")
+    for column in ("mean", "p10", "worst 10%"):
+        table.add_column(column, justify="right")
+    for name, q in ends(found, gained):
+        table.add_row(f"  {name}", *scores(found, q))
+    heading = f"Personal: {PARTS[gained.how]}, trained on each user's device"
+    c = gain(found, gained)
+    said = [f"Against the model as it came: {_changed(found, c)}.", *_quarters(found, c)]
+    said += terms(found, gained)
+    return Group(Text(""), Text(heading, style="bold"), table, *map(indented, said))
+
+
+def missing(gained: Missing) -> str:
+    return f"Not personalised: {gained.why}"
+
+
+def ends(found: Found, gained: Gained) -> list[tuple[str, Quality]]:
+    """Test rows before and after."""
+    name, metric = found.metric.name, found.metric
+    before, after = (quality(by[name], metric) for by in (gained.before, gained.after))
+    return [("as it came", before), ("personal", after)]
+
+
+def gain(found: Found, gained: Gained) -> Change:
+    """By test rows."""
+    name = found.metric.name
+    return change(gained.after[name], gained.before[name], found.rows["test"], found.metric)
+
+
+def terms(found: Found, gained: Gained) -> list[str]:
+    """Who keeps what came, by which rate is trained, what it takes, and whether it pays at all."""
+    unit, best = found.metric.unit, gained.tried[gained.lr]
+    sign = 1 if found.metric.higher_is_better else -1
+    rates = ", ".join(f"{units.score(s, unit)} at {lr:g}" for lr, s in gained.tried.items())
+    lines = [
+        f"{gained.kept} of {len(found.users)} users keep the model as it came: no round answered "
+        "the rows better that they hold out.",
+        f"Learning rate {gained.lr:g}, by validation rows of {gained.tried_on} users: "
+        f"{units.score(gained.untrained, unit)} as it came, {rates}.",
+        f"{gained.path.name} is {units.size(gained.size)}; {gained.parameters:,} parameters are a "
+        "user's own.",
+    ]
+    if sign * best <= sign * gained.untrained:
+        lines.append("ON VALIDATION ROWS IT DOES NOT PAY: ship the choice as it is.")
+    return lines
 
 
 def left_out(found: Found) -> list[str]:

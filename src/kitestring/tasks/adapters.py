@@ -108,12 +108,13 @@ def low_rank(
     found = copy.deepcopy(module).requires_grad_(False)
     if _plain(found):
         return _beside(found, rank, alpha)
+    there = list(linears(found))
     chosen = [
-        (name, layer) for name, layer in _linears(found)
+        (name, layer) for name, layer in there
         if any(fnmatchcase(name, target) for target in targets)
     ]  # fmt: skip
     if not chosen:
-        known = ", ".join(name for name, _ in _linears(found)) or "none"
+        known = ", ".join(name for name, _ in there) or "none"
         what = f"no linear layer matches {', '.join(map(repr, targets))}"
         raise TaskError(what, "low_rank", f"Layers that can be adapted: {known}")
     made: dict[_Linear, nn.Module] = {}  # a layer in two places has one adapter
@@ -152,16 +153,17 @@ def _plain(layer: nn.Module) -> TypeGuard[_Linear]:
     return type(layer) in kinds and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, _Linear]]:
+def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, _Linear]]:
+    """What of a module `low_rank` can adapt, by dotted name, in the module's order; the module
+    itself under no name."""
     if isinstance(module, _READ):
         return
+    if _plain(module):
+        yield prefix.rstrip("."), module
+        return
     for name, child in module._modules.items():  # a child that is there twice, twice
-        if child is None:
-            continue
-        if _plain(child):
-            yield prefix + name, child
-        else:
-            yield from _linears(child, f"{prefix}{name}.")
+        if child is not None:
+            yield from linears(child, f"{prefix}{name}.")
 
 
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:

@@ -10,32 +10,29 @@ computes in float32 either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from kitestring.collaborate.about import About, Budget
-from kitestring.collaborate.baselines.pool_trained import State, cosine
-from kitestring.collaborate.services import OnDevice, nothing_sent
-from kitestring.collaborate.steps import recipe
-from kitestring.core import Ask, Chunk, Cloud, Crossing, Decision, Devices, Message, Tree
+from kitestring.collaborate.baselines.pool_trained import Beforehand, State
+from kitestring.collaborate.services import OnDevice
+from kitestring.core import Cloud, Devices, Recipe, Rows, Tree
 from kitestring.errors import SettingError
 
 _SCALE = "scale."
 
 
 @dataclass(frozen=True)
-class Distilled:
+class Distilled(Beforehand):
     rounds: int = 10
     epochs: int = 3
     batch: int = 32
     lr: float = 1e-3
     optimiser: str = "adam"
 
-    crosses: ClassVar[Crossing] = {}
-    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "Distilled",
         "baseline",
@@ -46,49 +43,28 @@ class Distilled:
 
     @staticmethod
     def trials(budget: Budget) -> list[Distilled]:
-        rounds = min(10, budget.cloud_epochs)
-        epochs, batch = budget.cloud_epochs // rounds, budget.cloud_batch
-        return [
-            Distilled(rounds, epochs, batch, lr, budget.cloud_optimiser) for lr in budget.cloud_lrs
-        ]
-
-    def install(self, devices: Devices) -> Tree:
-        return Tree()
+        return [Distilled(*how) for how in budget.in_cloud]
 
     def init(self, cloud: Cloud, seed: int) -> State:
         return State(0, cloud.initial("small"), cloud.pretrained("large"))
 
-    def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
-        done = state.round == self.rounds or cloud.data is None
-        return None if done else [Ask("think", np.array([], np.int64))]
-
-    def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
-        return Message(), Tree()
-
-    def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
-        for _ in chunks:
-            pass
-        assert cloud.data is not None
+    def trained(self, state: State, cloud: Cloud, pool: Mapping[str, Rows], how: Recipe) -> State:
         # Anew in every round: of long sequences over many classes they would fill the state.
-        taught = cloud.predict("large", state.large, {"x": cloud.data["x"]})["out"]
-        slower = replace(recipe(self), lr=cosine(self.lr, state.round, self.rounds))
-        rows = {**cloud.data, "teacher": taught}
-        fit = cloud.fit("small.distill", state.weights, rows, slower)
-        return replace(state, round=state.round + 1, weights=fit.parameters)
+        taught = cloud.predict("large", state.large, {"x": pool["x"]})["out"]
+        fit = cloud.fit("small.distill", state.weights, {**pool, "teacher": taught}, how)
+        return replace(state, weights=fit.parameters)
 
     def serve(self) -> OnDevice:
         return OnDevice()
 
 
 @dataclass(frozen=True)
-class EightBits:
+class EightBits(Beforehand):
     """What `Distilled` made, sent down in 8 bits."""
 
     bits: int = 8  # 2 to 8, of which each takes a byte all the same
     reach: float = 1.0  # of a row's largest weight, beyond which weights are cut off
 
-    crosses: ClassVar[Crossing] = {}
-    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "Distilled int8",
         "baseline",
@@ -107,20 +83,8 @@ class EightBits:
     def trials(budget: Budget) -> list[EightBits]:
         return [EightBits(reach=1 - 0.5 * i / len(budget.lrs)) for i in range(len(budget.lrs))]
 
-    def install(self, devices: Devices) -> Tree:
-        return Tree()
-
     def init(self, cloud: Cloud, seed: int) -> State:
         return State(0, rounded(cloud.pretrained("distilled"), self.bits, self.reach))
-
-    def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
-        return None
-
-    def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
-        return Message(), Tree()
-
-    def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
-        return state
 
     def serve(self) -> Restored:
         return Restored()
@@ -158,22 +122,8 @@ def restored(found: Tree) -> Tree:
 
 
 @dataclass(frozen=True)
-class Restored:
+class Restored(OnDevice):
     """The device answers everything with weights that were sent in 8 bits."""
 
-    crosses: ClassVar[Crossing] = OnDevice.crosses
-
-    def deploy(self, state: State) -> Tree:
-        return state.weights
-
-    def decide(self, devices: Devices, deployed: Tree) -> Decision:
-        answer = devices.predict("small.answer", restored(deployed), devices.data)
-        return Decision(answer, nothing_sent(devices), Message())
-
-    def answer(self, state: Any, up: Message, cloud: Cloud) -> Message:
-        return Message()
-
-    def merge(
-        self, devices: Devices, deployed: Tree, decision: Decision, down: Message
-    ) -> Decision:
-        return decision
+    def weights(self, devices: Devices, deployed: Tree) -> Tree:
+        return restored(deployed)

@@ -7,7 +7,7 @@ cut a model in two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import cos, pi
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ import numpy as np
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import InCloud, OnDevice, Split
 from kitestring.collaborate.steps import recipe
-from kitestring.core import Ask, Chunk, Cloud, Crossing, Devices, Message, Tree
+from kitestring.core import Ask, Chunk, Cloud, Crossing, Devices, Message, Recipe, Rows, Tree
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,21 @@ def cosine(lr: float, step: int, steps: int) -> float:
     return lr * (1 + cos(pi * step / steps)) / 2
 
 
-@dataclass(frozen=True)
-class PoolTrained:
-    program: str  # "large", "small" or "joint"
-    rounds: int = 10
-    epochs: int = 3
-    batch: int = 32
-    lr: float = 1e-3
-    optimiser: str = "adam"
+def slower(settings: Any, round: int) -> Recipe:
+    """How a collaboration trains in one of its rounds, at a rate that falls over all of them."""
+    return replace(recipe(settings), lr=cosine(settings.lr, round, settings.rounds))
 
+
+class Beforehand:
+    """What the cloud makes before any device is asked: `trained` in rounds on its pool, or at once
+    by `init`."""
+
+    rounds = 0
     crosses: ClassVar[Crossing] = {}
     state_type: ClassVar[type[State]] = State
 
     def install(self, devices: Devices) -> Tree:
         return Tree()
-
-    def init(self, cloud: Cloud, seed: int) -> State:
-        return State(0, **{self._field: cloud.initial(self.program)})
-
-    @property
-    def _field(self) -> str:
-        return "large" if self.program == "large" else "weights"
 
     def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
         # Recorded answers come without a pool, and nothing trains.
@@ -67,10 +61,34 @@ class PoolTrained:
         for _ in chunks:
             pass
         assert cloud.data is not None
-        now = getattr(state, self._field)
-        slower = replace(recipe(self), lr=cosine(self.lr, state.round, self.rounds))
-        fit = cloud.fit(self.program, now, cloud.data, slower)
-        return replace(state, round=state.round + 1, **{self._field: fit.parameters})
+        trained = self.trained(state, cloud, cloud.data, slower(self, state.round))
+        return replace(trained, round=state.round + 1)
+
+    def trained(self, state: State, cloud: Cloud, pool: Mapping[str, Rows], how: Recipe) -> State:
+        """The state with what a round's training made of it."""
+        return state
+
+
+@dataclass(frozen=True)
+class PoolTrained(Beforehand):
+    program: str  # "large", "small" or "joint"
+    rounds: int = 10
+    epochs: int = 3
+    batch: int = 32
+    lr: float = 1e-3
+    optimiser: str = "adam"
+
+    def init(self, cloud: Cloud, seed: int) -> State:
+        return State(0, **{self._field: cloud.initial(self.program)})
+
+    @property
+    def _field(self) -> str:
+        return "large" if self.program == "large" else "weights"
+
+    def trained(self, state: State, cloud: Cloud, pool: Mapping[str, Rows], how: Recipe) -> State:
+        fit = cloud.fit(self.program, getattr(state, self._field), pool, how)
+        new: dict[str, Any] = {self._field: fit.parameters}
+        return replace(state, **new)
 
     def serve(self) -> Any:
         return {"large": InCloud(), "small": OnDevice(), "joint": Split(private=False)}[
@@ -95,9 +113,4 @@ SHIPPED = About(
 
 
 def trials(program: str, budget: Budget) -> list[PoolTrained]:
-    rounds = min(10, budget.cloud_epochs)
-    epochs, batch = budget.cloud_epochs // rounds, budget.cloud_batch
-    return [
-        PoolTrained(program, rounds, epochs, batch, lr, budget.cloud_optimiser)
-        for lr in budget.cloud_lrs
-    ]
+    return [PoolTrained(program, *how) for how in budget.in_cloud]

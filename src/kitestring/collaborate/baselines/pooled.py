@@ -9,23 +9,15 @@ rows drawn from all, and is reported as "after".
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from kitestring.collaborate.about import About, Budget
-from kitestring.collaborate.baselines.pool_trained import cosine
+from kitestring.collaborate.baselines.pool_trained import State, slower
 from kitestring.collaborate.services import InCloud, OnDevice
-from kitestring.collaborate.steps import recipe
 from kitestring.core import Ask, Chunk, Cloud, Crossing, Devices, Lane, Message, Rows, Tree
-
-
-@dataclass(frozen=True)
-class State:
-    round: int
-    weights: Tree = field(default_factory=Tree)
-    large: Tree = field(default_factory=Tree)
 
 
 @dataclass(frozen=True)
@@ -49,12 +41,7 @@ class Pooled:
 
     @staticmethod
     def trials(budget: Budget) -> list[Pooled]:
-        rounds = min(10, budget.cloud_epochs)
-        epochs = budget.cloud_epochs // rounds
-        return [
-            Pooled(rounds, epochs, budget.cloud_batch, lr, budget.cloud_optimiser)
-            for lr in budget.cloud_lrs
-        ]
+        return [Pooled(*how) for how in budget.in_cloud]
 
     def install(self, devices: Devices) -> Tree:
         return Tree()
@@ -77,11 +64,10 @@ class Pooled:
             cloud.table.put(chunk.ids, chunk.message.data)
         if state.round < 0:
             return replace(state, round=0)
-        rows = everything(cloud)
-        slower = replace(recipe(self), lr=cosine(self.lr, state.round, self.rounds))
-        small = cloud.fit("small", state.weights, rows, slower).parameters
+        rows, how = everything(cloud), slower(self, state.round)
+        small = cloud.fit("small", state.weights, rows, how).parameters
         some = sample(rows, cloud)
-        large = cloud.fit("large", state.large, some, slower, tag="large").parameters
+        large = cloud.fit("large", state.large, some, how, tag="large").parameters
         return State(state.round + 1, small, large)
 
     def serve(self) -> OnDevice:

@@ -18,7 +18,7 @@ import numpy as np
 
 from kitestring.collaborate.about import About, Budget
 from kitestring.collaborate.services import OnDevice
-from kitestring.collaborate.steps import recipe
+from kitestring.collaborate.steps import mean_loss, recipe
 from kitestring.core import (
     Array,
     Ask,
@@ -122,7 +122,7 @@ class CoDA:
         both = {k: train[k].concat(gift[k]) for k in ("x", "y")}
         helped = devices.fit("small", start, both, recipe(self), tag="helped").parameters
         models = [start, alone, helped]
-        losses = np.stack([self._loss(w, judge, devices) for w in models])
+        losses = np.stack([mean_loss(w, judge, devices) for w in models])
         best = np.where(np.isfinite(losses), losses, np.inf).argmin(0)
         chosen = Tree({k: pick_model(best, [w[k] for w in models]) for k in start})
         kept = gift["x"].n / np.maximum(1, message.data["x"].n)
@@ -144,11 +144,6 @@ class CoDA:
         prior = np.log(np.maximum(1, a.n) / np.maximum(1, b.n))
         near: Array = logit - prior[:, None] > self.keep
         return near
-
-    def _loss(self, weights: Tree, rows: dict[str, Rows], devices: Devices) -> Array:
-        """Mean loss [D]."""
-        each = devices.predict("small.loss", weights, rows)["loss"]
-        return np.where(each.mask(), each.values, 0).sum(1) / np.maximum(1, each.n)
 
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
         kept, accepted, count = 0.0, 0.0, 0

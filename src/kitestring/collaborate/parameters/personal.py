@@ -16,15 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kitestring.collaborate.about import About, Budget
-from kitestring.collaborate.services import nothing_sent
-from kitestring.collaborate.steps import recipe
+from kitestring.collaborate.services import OnDevice
+from kitestring.collaborate.steps import mean_loss, recipe
 from kitestring.core import (
     Array,
     Ask,
     Chunk,
     Cloud,
     Crossing,
-    Decision,
     Devices,
     Lane,
     Message,
@@ -134,9 +133,7 @@ class Personal:
         """[D] mean over the rows held out; 0 without any, so that the last round is kept."""
         if self.held == 0:
             return np.zeros(len(next(iter(check.values())).n), np.float32)
-        each: Rows = devices.predict("small.loss", weights, check)["loss"]
-        total = np.where(each.mask(), each.values, 0).sum(1)
-        mean: Array = (total / np.maximum(1, each.n)).astype(np.float32)
+        mean: Array = mean_loss(weights, check, devices).astype(np.float32)
         return mean
 
     def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
@@ -154,23 +151,11 @@ def _where(better: Array, new: Array, old: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Own:
+class Own(OnDevice):
     """The device answers everything with the best that it kept."""
 
+    private: bool = True
     crosses: ClassVar[Crossing] = {"deploy": Lane(), "request": Lane()}
 
-    def deploy(self, state: State) -> Tree:
-        return Tree()
-
-    def decide(self, devices: Devices, deployed: Tree) -> Decision:
-        weights = devices.private.below("best.")
-        answer = devices.predict("small.answer", weights, devices.data)
-        return Decision(answer, nothing_sent(devices), Message())
-
-    def answer(self, state: State, up: Message, cloud: Cloud) -> Message:
-        return Message()
-
-    def merge(
-        self, devices: Devices, deployed: Tree, decision: Decision, down: Message
-    ) -> Decision:
-        return decision
+    def weights(self, devices: Devices, deployed: Tree) -> Tree:
+        return devices.private.below("best.")

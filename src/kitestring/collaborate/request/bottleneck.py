@@ -9,25 +9,23 @@ gradients as they are (straight through: Bengio et al., arXiv 1308.3432, section
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from kitestring.collaborate.about import About, Budget
-from kitestring.collaborate.baselines.pool_trained import cosine
+from kitestring.collaborate.baselines.pool_trained import Beforehand, State
 from kitestring.collaborate.services import nothing_sent
-from kitestring.collaborate.steps import recipe
 from kitestring.core import (
-    Ask,
-    Chunk,
     Cloud,
     Crossing,
     Decision,
     Devices,
     Lane,
     Message,
+    Recipe,
     Rows,
     Tree,
 )
@@ -38,21 +36,13 @@ _MOST = 2**BITS - 1
 
 
 @dataclass(frozen=True)
-class State:
-    round: int
-    weights: Tree = field(default_factory=Tree)  # front.*, encoder.*, decoder.* and server.*
-
-
-@dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Beforehand):
     rounds: int = 10
     epochs: int = 3
     batch: int = 32
     lr: float = 1e-3
     optimiser: str = "adam"
 
-    crosses: ClassVar[Crossing] = {}
-    state_type: ClassVar[type[State]] = State
     about: ClassVar[About] = About(
         "Bottleneck",
         "request",
@@ -63,33 +53,16 @@ class Bottleneck:
 
     @staticmethod
     def trials(budget: Budget) -> list[Bottleneck]:
-        rounds = min(10, budget.cloud_epochs)
-        epochs, batch = budget.cloud_epochs // rounds, budget.cloud_batch
-        return [
-            Bottleneck(rounds, epochs, batch, lr, budget.cloud_optimiser) for lr in budget.cloud_lrs
-        ]
-
-    def install(self, devices: Devices) -> Tree:
-        return Tree()
+        return [Bottleneck(*how) for how in budget.in_cloud]
 
     def init(self, cloud: Cloud, seed: int) -> State:
+        # With encoder.* and decoder.*, which nothing has trained yet.
         start = cloud.pretrained("joint").pick("front.", "server.")
         return State(0, Tree({**cloud.initial("bottleneck"), **start}))
 
-    def ask(self, state: State, cloud: Cloud) -> Sequence[Ask] | None:
-        done = state.round == self.rounds or cloud.data is None
-        return None if done else [Ask("think", np.array([], np.int64))]
-
-    def reply(self, verb: str, message: Message, devices: Devices) -> tuple[Message, Tree]:
-        return Message(), Tree()
-
-    def tell(self, state: State, chunks: Iterator[Chunk], cloud: Cloud) -> State:
-        for _ in chunks:
-            pass
-        assert cloud.data is not None
-        slower = replace(recipe(self), lr=cosine(self.lr, state.round, self.rounds))
-        fit = cloud.fit("bottleneck", state.weights, cloud.data, slower)
-        return State(state.round + 1, fit.parameters)
+    def trained(self, state: State, cloud: Cloud, pool: Mapping[str, Rows], how: Recipe) -> State:
+        fit = cloud.fit("bottleneck", state.weights, pool, how)
+        return replace(state, weights=fit.parameters)
 
     def serve(self) -> Squeezed:
         return Squeezed()
