@@ -46,7 +46,7 @@ def words(start: str) -> list[str]:
 def test_all_commands_are_known_here() -> None:
     starts = (
         *("compare digits", "compare --csv", "compare tests/examples", "report", "tasks"),
-        *("keys", "pack", "show", "measure", "cut", "export"),
+        *("keys", "pack", "show", "measure", "cut", "export", "shrink"),
     )
     for line in COMMANDS:
         assert line.removeprefix("kitestring ").startswith(starts), line
@@ -80,13 +80,22 @@ def test_profiles_cuts_and_exports(tmp_path: Path) -> None:
 
 
 def test_digits_under_limits(tmp_path: Path) -> None:
-    said = run([*words("compare digits"), *QUICK, "--users", "16"], tmp_path)
+    said = run([*words("compare digits --limit"), *QUICK, "--users", "16"], tmp_path)
     assert "Use " in said
     assert "limit: no data up" in said
     page = Path(said.split("Report: ")[1].strip())
     assert page == tmp_path / "runs" / "digits" / "report.html"
     again = run(["report", "runs/digits", "--limit", "100kB/day"], tmp_path)
     assert "Use " in again
+
+
+@pytest.mark.slow
+def test_what_fits_is_found_and_compared(tmp_path: Path) -> None:
+    few = ["--users", "16"]
+    run([*words("shrink"), *few], tmp_path)
+    assert (tmp_path / "runs" / "shrink-digits" / "choice.kite").exists()
+    said = run([*_first("compare digits --shrunk"), *QUICK, *few], tmp_path)
+    assert "int8" in said
 
 
 def test_the_readmes_own_task(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kitestring.devices.profiles import PROFILES
 from kitestring.errors import SettingError
-from kitestring.shrink import show
+from kitestring.shrink import page, show
 from kitestring.shrink.budget import Budget, Figures, Limit, What, dominates, front, nearest, parse
 from kitestring.shrink.candidates import CANDIDATES, LARGE, SHAPES, SMALL, Candidate, Shape
 from kitestring.shrink.results import Entry, Found, change, quality
@@ -311,6 +311,13 @@ def test_users_without_a_score_are_left_out() -> None:
     assert c.mean == pytest.approx(0.1)
     assert math.isnan(c.each[1])
     assert math.isnan(change([[math.nan]], [[0.3]], [2], accuracy).mean)
+
+
+def test_fewer_users_than_quarters_have_none() -> None:
+    few = change([[0.5, 0.4, 0.3]], [[0.4, 0.4, 0.4]], [10] * 3, accuracy)
+    assert "quarter" not in page._quarters(found(), [("against large", few)])
+    four = change([[0.5, 0.4, 0.3, 1]], [[0.4] * 4], [10] * 4, accuracy)
+    assert "best served quarter" in page._quarters(found(), [("against large", four)])
 
 
 def test_what_was_left_out_is_said_once_for_a_width() -> None:

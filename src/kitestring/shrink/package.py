@@ -13,13 +13,14 @@ from kitestring.core import Array, Rows, Tree
 from kitestring.devices.fit.compute import TorchCompute
 from kitestring.devices.runtime.load import Loaded, load
 from kitestring.devices.session import DeviceSession, broadcast
-from kitestring.pack.build import Built, Source, build
+from kitestring.pack.build import Source, build
 from kitestring.package import archive, keys
 from kitestring.shrink.answer import Answer, answer, shipped
 from kitestring.shrink.bench import Bench
 from kitestring.shrink.candidates import LARGE, Candidate
 from kitestring.shrink.taking import Taken, take
 from kitestring.tasks.programs import programs
+from kitestring.tasks.task import Task
 
 FILE, KEY = "choice.kite", "kitestring.key"
 
@@ -39,9 +40,9 @@ class Packed:
 def packed(bench: Bench, candidate: Candidate, reference: Taken, key: Path, path: Path) -> Packed:
     """Build, sign, write, load again and measure; `reference` is what the large model took. Raises
     what `build` and `load` raise."""
-    made, own = built(bench, candidate), keys.load(key)
-    archive.write(path, made.manifest, made.files, own)
-    found = load(path, frozenset({keys.sign(own, b"")["key"]}))
+    task = shipped(bench.task, bench.model(candidate, 0))
+    once = PoolTrained("small", rounds=0)  # sent down once, it learns nothing on the device
+    found = signed(Source(task, once, State(0, weights(bench, task))), key, path)
     example = bench.judges.example()
     large = answer(bench.task, bench.model(Candidate(LARGE), 0), example)
     return Packed(
@@ -50,11 +51,16 @@ def packed(bench: Bench, candidate: Candidate, reference: Taken, key: Path, path
     )  # fmt: skip
 
 
-def built(bench: Bench, candidate: Candidate) -> Built:
-    """A small model that is sent down once and answers on the device, and learns nothing there."""
-    task = shipped(bench.task, bench.model(candidate, 0))
-    weights = TorchCompute(programs(task, 0, bench.judges.example()), "sequential").initial("small")
-    return build(Source(task, PoolTrained("small", rounds=0), State(0, weights)))
+def signed(source: Source, key: Path, path: Path) -> Loaded:
+    """Built, signed and written, and loaded again as on a device that knows the key."""
+    made, own = build(source), keys.load(key)
+    archive.write(path, made.manifest, made.files, own)
+    return load(path, frozenset({keys.sign(own, b"")["key"]}))
+
+
+def weights(bench: Bench, task: Task) -> Tree:
+    """Of a task's small model."""
+    return TorchCompute(programs(task, 0, bench.judges.example()), "sequential").initial("small")
 
 
 def _answer(found: Loaded) -> Answer:

@@ -21,21 +21,19 @@ from torch import nn
 
 from kitestring.collaborate.parameters.personal import Personal, State
 from kitestring.core import Array, Message, Tree
-from kitestring.devices.fit.compute import TorchCompute
-from kitestring.devices.runtime.load import Loaded, load
+from kitestring.devices.runtime.load import Loaded
 from kitestring.devices.session import DeviceSession, broadcast, frozen
 from kitestring.errors import TaskError
-from kitestring.pack.build import Source, build
-from kitestring.package import archive, keys
+from kitestring.pack.build import Source
 from kitestring.shrink.answer import shipped
 from kitestring.shrink.bench import Bench, Heard, Judging
 from kitestring.shrink.candidates import Candidate
 from kitestring.shrink.data import evenly
+from kitestring.shrink.package import signed, weights
 from kitestring.shrink.results import Scores
 from kitestring.shrink.study import Study
 from kitestring.shrink.workers import Listener
 from kitestring.tasks.adapters import linears, low_rank
-from kitestring.tasks.programs import programs
 from kitestring.tasks.task import Task
 
 How = Literal["last", "adapters"]
@@ -85,17 +83,14 @@ def personal(
     Raises `TaskError` where the model has no linear layer, and what `build` and `load` raise."""
     module = adaptable(bench.model(candidate, 0), how)
     task = shipped(bench.task, module)
-    middle, own = _settings(task, module), keys.load(key)
-    rates = [middle.lr * factor for factor in _RATES]
+    middle = _settings(task, module)
+    rates = [float(f"{middle.lr * factor:.6g}") for factor in _RATES]
     if listener:
         listener.total(len(rates) + 3)
 
     @lru_cache(1)
     def packed(settings: Personal) -> Loaded:
-        weights = TorchCompute(_programs(bench, task), "sequential").initial("small")
-        made = build(Source(task, settings, State(0, weights)))
-        archive.write(path, made.manifest, made.files, own)
-        return load(path, frozenset({keys.sign(own, b"")["key"]}))
+        return signed(Source(task, settings, State(0, weights(bench, task))), key, path)
 
     def served(lr: float, split: Judging, ids: Array, settings: Personal) -> dict[str, Any]:
         """At a rate of 0 nothing is trained."""
@@ -147,10 +142,6 @@ def adaptable(model: nn.Module, how: How) -> nn.Module:
             return low_rank(model, RANK)
         name, last = layers[-1]
         return low_rank(model, min(last.in_features, last.out_features), (name,))
-
-
-def _programs(bench: Bench, task: Task) -> Any:
-    return programs(task, 0, bench.judges.example())
 
 
 def _settings(task: Task, module: nn.Module) -> Personal:
