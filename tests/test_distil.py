@@ -672,6 +672,11 @@ class Pair(nn.Module):
         return x, x
 
 
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 class Rows(Objective):
     needs_teacher = False
 
@@ -698,6 +703,8 @@ class Constant(Rows):
         (cnn(3), plain(3), Attention(), "teacher: it has no maps"),
         (cnn(3), cnn(3), Contrast(20), r"rows \d+ to \d+ of 20"),
         (Pair(), None, Supervised(), "student: gives a tuple, not one tensor"),
+        (Broken(), None, Supervised(), r"student: cannot compute rows .*: it is not to be run"),
+        (Silent(), None, Supervised(), r"student: cannot compute rows .*: NotImplementedError"),
         (cnn(3), Pair(), Response(), "teacher: gives a tuple, not one tensor"),
         (nn.Linear(5, 2), None, Supervised(), r"cannot compute rows \[8, 1, 6, 6\]"),
         (cnn(3).requires_grad_(False), None, Supervised(), "nothing of the student is trained"),

@@ -161,6 +161,22 @@ def test_response_of_one_logit_and_of_values() -> None:
     )
 
 
+def test_whole_numbers_below_zero_are_values_to_a_squared_loss() -> None:
+    """And padding to all others, where a teacher counts for nothing either."""
+    out, teacher, y = drawn(3, 2), drawn(3, 2, seed=1), torch.tensor([[-3, 2], [-1, -2], [4, -1]])
+    plain = F.mse_loss(out, y.double())
+    torch.testing.assert_close(Supervised("squared")(seen(out, y=y)), plain)
+    wanted = 0.6 * plain + 0.4 * F.mse_loss(out, teacher)
+    found = Response(share=0.4, loss="squared")(seen(out, teacher, y))
+    torch.testing.assert_close(found, wanted)
+    own = Response(share=1.0, loss=lambda out, y: out.mean(1))
+    each = (out - teacher).square()
+    torch.testing.assert_close(own(seen(out, teacher, y)), (each[0, 1] + each[2, 0]) / 2)
+    logits, taught = drawn(3, 2, 5), drawn(3, 2, 5, seed=1)
+    each = (logits - taught).square().mean(-1)
+    torch.testing.assert_close(own(seen(logits, taught, y)), (each[0, 1] + each[2, 0]) / 2)
+
+
 def test_losses_on_the_truth_are_torchs() -> None:
     """Of sequences, the mean within each row first."""
     out, y = drawn(3, 4, 5), torch.tensor([[0, 4, 2, 1], [3, -1, -1, -1], [1, 1, -1, 0]])
@@ -309,6 +325,18 @@ def test_relations_of_equal_and_of_few_rows_have_a_gradient_of_zero() -> None:
         total.backward()  # type: ignore[no-untyped-call]
         assert a.grad is not None
         assert torch.equal(a.grad, torch.zeros_like(a))
+
+
+def test_relations_of_rows_that_only_the_student_takes_for_one_have_a_small_gradient() -> None:
+    """As a dead layer does: what divides by a length of 0 would have a slope without bounds."""
+    for n in (2, 3, 5):
+        student, teacher = drawn(n, 3).float(), drawn(n, 2, seed=1).float()
+        student[1] = student[0]
+        for a in (student, torch.zeros(n, 3)):
+            a.requires_grad_()
+            (25 * distance_relation(a, teacher) + 50 * angle_relation(a, teacher)).backward()
+            assert a.grad is not None
+            assert a.grad.abs().max() < 1e3
 
 
 def test_relations_leave_out_rows_of_weight_zero() -> None:

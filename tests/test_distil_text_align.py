@@ -132,6 +132,8 @@ def test_the_same_tokenizer_teaches_the_teachers_distribution(top_k: int | None)
     found = targets(ids, ids, logits, PIECES, PIECES, top_k=top_k)
     torch.testing.assert_close(found, logits.log_softmax(-1))
     assert forward_kl(logits[None], found[None]).abs().max() < 1e-6
+    half = targets(ids, ids, logits.half(), PIECES, PIECES, top_k=top_k)
+    torch.testing.assert_close(half, logits.half().float().log_softmax(-1))
 
 
 def test_what_is_taught_by_hand() -> None:

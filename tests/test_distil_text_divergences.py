@@ -112,6 +112,18 @@ def test_logits_far_below_give_finite_numbers(
     assert student.grad.isfinite().all()
 
 
+@each
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_logits_of_half_the_width(divergence: Callable[..., Tensor], narrow: torch.dtype) -> None:
+    """As large teachers give them: what is computed of them is of full width."""
+    student, teacher = torch.randn(2, 3, 7), torch.randn(2, 3, 7).to(narrow)
+    found = divergence(student, teacher)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, divergence(student, teacher.float()))
+    both = divergence(student.to(narrow), teacher)
+    torch.testing.assert_close(both, divergence(student.to(narrow).float(), teacher.float()))
+
+
 def test_skew_is_bounded_where_kl_is_not() -> None:
     """KL(p || a p + (1 - a) q) <= log(1 / a): DistiLLM, section 3.1."""
     student, teacher = torch.tensor([[[0.0, -80.0]]]), torch.tensor([[[-80.0, 0.0]]])

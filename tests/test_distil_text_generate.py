@@ -75,6 +75,32 @@ class Odd(Llama):
         return -super().forward(x)
 
 
+class Experts(nn.Module):
+    """What mixtures of experts give: their output, and what the router said."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x), x.sum()
+
+
+def test_a_llama_whose_parts_give_something_else_is_read_as_a_whole() -> None:
+    class Whole(Llama):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain[0](x)
+
+    plain = llama().eval()
+    model = Whole(plain.config).eval()
+    model.plain = [plain]
+    for layer in model.model.layers:
+        layer.mlp = Experts(layer.mlp)
+    prompts = torch.zeros(2, 3, dtype=torch.long)
+    found = sample(model, prompts, 5, temperature=0)
+    assert found.equal(sample(plain, prompts, 5, temperature=0))
+
+
 @pytest.mark.parametrize("kind", ["llama", "odd", "transformer"])
 def test_greedy_is_the_likeliest_token_of_the_model_itself(kind: str) -> None:
     model: nn.Module = llama()

@@ -33,6 +33,31 @@ def test_perplexity() -> None:
     nats = functional.cross_entropy(out, rows[:, 1:].flatten()).item()
     assert perplexity(model, rows, batch=3) == pytest.approx(math.exp(nats), rel=1e-5)
     assert model.training
+    with torch.no_grad():
+        nothing.model.norm.weight.fill_(1e6)  # sure of itself, and wrong
+    assert perplexity(nothing, rows) == math.inf
+
+
+class Wavering(nn.Module):
+    """Another token for each length of what it sees, as one may be that takes two for alike."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        likely = functional.one_hot(torch.tensor(ids.shape[1] % 3), 3)
+        return likely.float().expand(*ids.shape, 3)
+
+
+def test_a_drafted_token_that_is_not_the_likeliest_now_is_judged_by_the_target() -> None:
+    """At temperature 0 the share of the target is 0 or 1, and the draft's own may be 0 by now."""
+    rows = torch.zeros(2, 6, dtype=torch.long)
+    found = acceptance(Wavering(), Wavering(), rows, k=2, prompt=3, temperature=0)
+    # Of rows of 5 tokens both say 2; drafted were 0 (of 3), 1 (of 4) and 2: the first is refused.
+    assert found.tokens == 1
+    with torch.no_grad():
+        target = Table(3, 6)
+        target.logits.zero_()
+        target.logits[:, 0] = 1  # says 0 everywhere: the first is accepted, the second is not
+    found = acceptance(Wavering(), target, rows, k=2, prompt=3, temperature=0)
+    assert found.tokens == 2
 
 
 def test_a_model_accepts_all_of_its_own() -> None:

@@ -362,6 +362,18 @@ def test_a_memory_goes_on_where_it_was(teacher: nn.Module, tmp_path: Path) -> No
         assert torch.equal(a, b)
 
 
+def test_a_memory_out_of_a_file_goes_to_where_own_text_is_drawn() -> None:
+    """A file's tensors are on the CPU; "meta" stands for a GPU."""
+    there = Batch(torch.ones(8, 8, device="meta"), torch.ones(8, 8, device="meta"))
+    replay = Replay(DATA, lambda step, student: there, Told(1, 2), steps=9, every=1, rise=1.0)
+    student = _student()
+    replay(0, student)
+    replay.load_state_dict({**replay.state_dict(), "x": torch.ones(8, 8), "y": torch.ones(8, 8)})
+    replay(1, student)
+    assert replay.x is not None
+    assert (replay.x.device.type, len(replay.x)) == ("meta", 16)
+
+
 def test_a_step_out_of_turn_is_told() -> None:
     batches = Replay(DATA, OWN, Told(*range(9)), steps=8)
     batches(0, _student())

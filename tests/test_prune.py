@@ -337,6 +337,9 @@ def test_layers_may_be_left_out(way: str) -> None:
     many = nn.Sequential(*(nn.Linear(4, 4) for _ in range(11)))
     left = sparsity(WAYS[way](many, [correlated(9, 4, 0)], skip=["1"]))
     assert [name for name, zeros in left.items() if not zeros] == ["1"]  # and not 10
+    twice = nn.Sequential(many[0], many[1], many[0])
+    left = sparsity(WAYS[way](twice, [correlated(9, 4, 0)], skip=["2"]))  # the first's other name
+    assert left == {"0": 0, "1": 0.5, "": 0.25}
     with told(SettingError, "'head'", where="skip"):
         WAYS[way](model, [x], skip=["head"])
     with told(TaskError, "no layer", where="Llama"):
@@ -368,6 +371,9 @@ def test_nonsense_is_refused(way: str) -> None:
     tied[1].weight = tied[0].weight
     with told(TaskError, "those of 0 too", where="1"):
         WAYS[way](tied, [torch.arange(5)])
+    if way == "sparsegpt":
+        with told(SettingError, "blocks of 0"):
+            sparsegpt(one(4, 6, 0), [x], block=0)
 
 
 @every_way

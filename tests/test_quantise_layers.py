@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitestring.compress.quantise import ops, qat
@@ -411,6 +412,49 @@ def test_a_norm_right_behind_a_convolution_becomes_part_of_it() -> None:
     assert torch.allclose(whole(x), model(x), atol=1e-5)
 
 
+def test_convolutions_that_share_weights_take_their_norms_in_each_by_itself() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    )
+    model[2].weight = model[0].weight
+    stirred(model).eval()
+    x = drawn(5, 3, 6, 6)
+    assert torch.allclose(without_norms(copy.deepcopy(model))(x), model(x), atol=1e-4)
+
+
+def test_a_convolution_that_makes_its_weights_anew_keeps_its_norm() -> None:
+    """torch.nn.utils.prune puts them there before each call, so what is written to them is lost."""
+    model = stirred(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))).eval()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)  # type: ignore[index]
+    x = drawn(5, 1, 6, 6)
+    with told(TaskError, "it cannot be copied", mend="prune.remove"):
+        static(model, [x])
+    with torch.no_grad():
+        wanted = model(x)  # without slopes torch can copy it
+    assert torch.allclose(without_norms(copy.deepcopy(model))(x), wanted, atol=1e-5)
+    made: Any = static(model, [x])
+    assert [type(m) for m in made] == [nn.Conv2d, nn.BatchNorm2d, StaticConv2d]
+    assert torch.allclose(made(x), wanted, atol=0.03 * float(wanted.abs().max()))
+
+
+def test_convolutions_in_groups_are_chosen_like_all_others() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 3, groups=2))
+
+    x = [drawn(5, 4, 6, 6)]
+    named = nn.Sequential()
+    named.add_module("deep", model()[0])
+    named.add_module("wide", model()[1])
+    made: Any = static(named, x, skip="deep")  # one name, as elsewhere
+    assert [type(m) for m in made] == [nn.Conv2d, StaticConv2d]
+    shared = nn.Sequential(*(nn.Conv2d(4, 4, 1, groups=4) for _ in range(2)))
+    shared[1].weight = shared[0].weight
+    with told(TaskError, "those of 1 too", where="0"):
+        static(shared, x)
+    with told(TaskError, "batches are one tensor", mend="[x]"):
+        static(model(), x[0])
+
+
 def test_static_ranges_are_those_of_the_batches() -> None:
     """Of all batches together; an output that goes into a ReLU matters above 0 alone, into ReLU6 up
     to 6."""
@@ -466,8 +510,17 @@ def test_what_cannot_be_done_is_told() -> None:
         static(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")), [x])
     with told(TaskError, "pads one side more than the other", mend="odd kernel"):
         qat.prepare(nn.Sequential(nn.Conv2d(1, 2, 2, padding="same")), [x])
-    with told(TaskError, "NaN or infinity", where="0"):
-        static(nn.Sequential(nn.Conv2d(1, 2, 3)), [x / 0])
+    spoilt = x.clone()
+    spoilt[0, 0, 0, 0] = float("nan")
+    for bad in ([x / 0], [spoilt], [x, spoilt], [spoilt, x]):
+        for percentile in (99.0, 100.0):
+            with told(TaskError, "its inputs have NaN or infinity", where="0"):
+                static(nn.Sequential(nn.Conv2d(1, 2, 3)), bad, percentile=percentile)
+    for bad in ([spoilt], [x / 0]):
+        with told(TaskError, "numbers lie between", mend="NaN"):
+            qat.prepare(nn.Sequential(nn.Conv2d(1, 2, 3)), [x])(bad[0])
+    with told(TaskError, "the model fails on a batch", mend="as it takes"):
+        static(nn.Sequential(nn.Linear(5, 2)), [x])
 
     class Unused(nn.Module):
         def __init__(self) -> None:

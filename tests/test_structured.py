@@ -853,6 +853,10 @@ def test_scores_need_batches_and_a_number() -> None:
         taylor(model, x, [], lambda m, b: m(b).sum())
     with pytest.raises(TaskError, match="the loss of batch 0 is"):
         taylor(model, x, [x], lambda m, b: m(b))
+    with pytest.raises(TaskError, match=r"the loss of batch 0 is 1\.5"):
+        taylor(model, x, [x], lambda m, b: 1.5)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TaskError, match="the loss of batch 0 does not depend"):
+        taylor(model, x, [x], lambda m, b: m(b).sum().detach())
     with pytest.raises(TaskError, match="the loss of batch 1 is nan"):
         taylor(model, x, [x, x * np.nan], lambda m, b: m(b).sum())
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kitestring.compress.matrices import Layer
-from kitestring.errors import TaskError
+from kitestring.errors import KitestringError, TaskError
 
 Batches: TypeAlias = Iterable[Tensor | tuple[Tensor, ...]]
 """Inputs of a model, one tensor or all its arguments."""
 
-SOME = 512  # rows that are kept as they are
 AT_ONCE = 4096  # rows that are widened to float64 at a time
 
 
@@ -39,8 +38,6 @@ class Inputs:
     mean: Tensor
     """float64 [in]: mean of |x|."""
     rows: int
-    some: Tensor
-    """[at most 512, in]: rows drawn evenly from all there were, in the input's own type."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,9 @@ def inputs_of(model: nn.Module, batches: Batches, names: Iterable[str]) -> dict[
     """What the layers of these dotted names (nn.Linear, nn.Conv2d without groups) are fed in eval
     mode, over all calls.
 
-    Raises `TaskError` for other layers, where there is no batch, where a layer is never reached and
-    where its inputs are not finite."""
-    return _inputs(model, _each(batches), tuple(names))
+    Raises `TaskError` for other layers, where there is no batch or the model fails on one, where a
+    layer is never reached and where its inputs are not finite."""
+    return _inputs(model, each(batches), tuple(names))
 
 
 def in_turn(
@@ -101,10 +98,11 @@ def in_order(model: nn.Module, batches: Batches, names: Iterable[str]) -> list[F
 
 def held(batches: Batches) -> Sequence[Tensor | tuple[Tensor, ...]]:
     """The batches in memory, to be gone through again; `TaskError` where there are none."""
-    return batches if isinstance(batches, list | tuple) and batches else list(_each(batches))
+    return batches if isinstance(batches, list | tuple) and batches else list(each(batches))
 
 
-def _each(batches: Batches) -> Iterator[Tensor | tuple[Tensor, ...]]:
+def each(batches: Batches) -> Iterator[Tensor | tuple[Tensor, ...]]:
+    """One after the other; `TaskError` where there are none."""
     if isinstance(batches, Tensor):
         raise TaskError("batches are one tensor", "calibration", "Give a list: [x]")
     count = -1
@@ -150,10 +148,10 @@ def _inputs(
 
 
 class _Rows:
-    """Rows [n, in] and their sums: of x x^T, and of |x|."""
+    """How many rows [n, in] there are, and their sums: of x x^T, and of |x|."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+        self.count = len(rows)
         self.products = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         self.sizes = rows.new_zeros(rows.shape[1], dtype=torch.float64)
         for part in torch.split(rows, AT_ONCE):
@@ -163,40 +161,27 @@ class _Rows:
 
 
 class _Sums:
-    """Over calls. Each row gets a number by chance, and those of the least numbers are kept."""
+    """Over calls."""
 
     def __init__(self) -> None:
         self.rows = 0
-        self.dice = torch.Generator().manual_seed(0)
-        self.kept: tuple[Tensor, Tensor] | None = None
 
     def add(self, more: _Rows) -> None:
-        if not len(more.rows):
+        if not more.count:
             return
-        drawn = torch.rand(len(more.rows), generator=self.dice, dtype=torch.float64)
-        kept = _least(drawn, more.rows)
-        if self.kept is None:
+        if not self.rows:
             self.products, self.sizes = more.products.clone(), more.sizes.clone()
         else:
             self.products += more.products
             self.sizes += more.sizes
-            kept = _least(*(torch.cat(pair) for pair in zip(self.kept, kept, strict=True)))
-        self.kept = kept
-        self.rows += len(more.rows)
+        self.rows += more.count
 
     def inputs(self, name: str) -> Inputs:
-        assert self.kept is not None
         norm = self.products.diagonal().sqrt()
         if not norm.isfinite().all():
             what = "its inputs have NaN or infinity"
             raise TaskError(what, name, "Look at the batches, and at the layers before it")
-        hessian = self.products * (2 / self.rows)
-        return Inputs(hessian, norm, self.sizes / self.rows, self.rows, self.kept[1])
-
-
-def _least(drawn: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    order = drawn.argsort()[:SOME]
-    return drawn[order], rows[order.to(rows.device)]
+        return Inputs(self.products * (2 / self.rows), norm, self.sizes / self.rows, self.rows)
 
 
 def _layer(model: nn.Module, name: str) -> Layer:
@@ -229,7 +214,15 @@ def _version(x: Tensor) -> int:
 
 
 def call(model: nn.Module, batch: Tensor | tuple[Tensor, ...]) -> Any:
-    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+    """What the model gives; `TaskError` where it fails."""
+    try:
+        return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+    except KitestringError:
+        raise
+    except Exception as problem:  # anything can be wrong with somebody's model
+        said = (str(problem).strip().splitlines() or [""])[0][:120]
+        what = f"the model fails on a batch: {type(problem).__name__}: {said}"
+        raise TaskError(what, "calibration", "Give inputs as it takes them") from problem
 
 
 def _all_reached(missing: Iterable[str]) -> None:

@@ -22,8 +22,14 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode: the given module stays as it is."""
-    return copy.deepcopy(model).eval()
+    """A deep copy in eval mode: the given module stays as it is. `TaskError` where torch cannot
+    copy it, as where weights are computed of others before each call."""
+    try:
+        return copy.deepcopy(model).eval()
+    except RuntimeError as problem:
+        what = f"it cannot be copied: {str(problem).strip().partition('.')[0][:120]}"
+        mend = "Make its weights plain: torch.nn.utils.prune.remove, remove_weight_norm"
+        raise TaskError(what, _named(model), mend) from problem
 
 
 def matrices(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, Layer]:
@@ -36,23 +42,30 @@ def linears(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Linear]:
     return found(model, skip, nn.Linear)
 
 
-def found(model: nn.Module, skip: Sequence[str], *kinds: type[Kind]) -> dict[str, Kind]:
-    """The layers of these kinds by dotted name, but for those named in `skip`, or inside of what
-    is.
+def found(
+    model: nn.Module, skip: Sequence[str], *kinds: type[Kind], in_groups: bool = False
+) -> dict[str, Kind]:
+    """The layers of these kinds by dotted name, but for those named in `skip` by any of their
+    names, or inside of what is. Convolutions in groups are among them only if asked for.
 
     Raises `SettingError` for a name in `skip` that no module has, and `TaskError` where nothing is
     left, where a weight is empty or not finite, and where one is shared with another module:
     changing it for the one changes it for the other."""
     skip = (skip,) if isinstance(skip, str) else skip
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    every = dict(model.named_modules(remove_duplicate=False))
     for name in skip:
-        if name not in known:
+        if name not in every:
             what = f"no module is called {name!r}"
             raise SettingError(what, "skip", "Give dotted names as named_modules() does")
+    left = {
+        layer
+        for name, layer in every.items()
+        if any(name == s or name.startswith(f"{s}.") for s in skip)
+    }
     layers: dict[str, Kind] = {}
     for name, layer in model.named_modules():
-        left = any(name == s or name.startswith(f"{s}.") for s in skip)
-        if not left and type(layer) in kinds and _plain(layer):
+        fits = in_groups or getattr(layer, "groups", 1) == 1
+        if layer not in left and type(layer) in kinds and fits and plain(layer):
             layers[name] = cast(Kind, layer)
     if not layers:
         raise TaskError("no layer to change", _named(model), "Skip less")
@@ -85,12 +98,13 @@ def replaced(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     return model
 
 
-def _plain(layer: nn.Module) -> bool:
+def plain(layer: nn.Module) -> bool:
+    """Whether it computes with its own weights alone, without hooks or reparametrisation."""
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return False
-    return "weight" in layer._parameters and getattr(layer, "groups", 1) == 1
+    return "weight" in layer._parameters
 
 
 def _fine(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -22,7 +22,8 @@ class Batch:
     """n rows. `index` says which rows of the data they are, `weight` how much each counts.
 
     `teacher` is the teacher's output where it is known already: then it is not computed. Whole
-    numbers below 0 in `y` are padding: what was answered there counts for nothing."""
+    numbers below 0 in `y` are padding, but where the loss is "squared": what was answered there
+    counts for nothing."""
 
     x: Tensor  # [n, ...], input of both models
     y: Tensor | None = None  # [n, ...]
@@ -109,9 +110,10 @@ class Supervised(Objective):
         self.loss = row_loss(loss)
 
     def forward(self, seen: Seen) -> Tensor:
-        if seen.batch.y is None:
+        batch = asked(seen.batch, self.loss)
+        if batch.y is None:
             raise TaskError("the batches have no truth", "Supervised", "Give rows their y")
-        return mean(self.loss(seen.student, seen.batch.y), seen.batch)
+        return mean(self.loss(seen.student, batch.y), batch)
 
 
 def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
@@ -147,6 +149,13 @@ def row_loss(loss: str | RowLoss) -> RowLoss:
     if loss not in LOSSES:
         raise unknown("loss", loss, LOSSES)
     return LOSSES[loss]
+
+
+def asked(batch: Batch, loss: RowLoss) -> Batch:
+    """The batch as that loss takes it: "squared" has values for truths, and no padding."""
+    if loss is not squared or batch.y is None:
+        return batch
+    return replace(batch, y=batch.y if batch.y.is_floating_point() else batch.y.float())
 
 
 def real(y: Tensor | None) -> Tensor | None:

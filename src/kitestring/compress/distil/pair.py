@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kitestring.compress.distil.objective import Batch, Objective, Seen
 from kitestring.compress.distil.taps import Place, evaluating, look, places
-from kitestring.errors import TaskError
+from kitestring.errors import KitestringError, TaskError
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ def _tried(module: nn.Module, x: Tensor, where: str) -> None:
     try:
         with evaluating(module), torch.no_grad():
             look(module, {}, x, where)
-    except (RuntimeError, TypeError, ValueError, IndexError) as problem:
-        what = f"cannot compute rows {list(x.shape)} of {x.dtype}: {str(problem).splitlines()[0]}"
-        raise TaskError(what, where, "Give the rows that it is made for") from None
+    except KitestringError:
+        raise
+    except Exception as problem:  # anything can be wrong with somebody's model
+        said = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:120]
+        what = f"cannot compute rows {list(x.shape)} of {x.dtype}: {said}"
+        raise TaskError(what, where, "Give the rows that it is made for") from problem
 
 
 def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device:

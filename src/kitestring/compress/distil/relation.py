@@ -19,14 +19,19 @@ def distances(a: Tensor) -> Tensor:
     """Vectors [n, d] -> [n, n]: their distances, divided by the mean over pairs of two."""
     found = _length(a[:, None] - a[None])
     n = len(a)
-    return found / (found.sum() / (n * (n - 1))).clamp(min=torch.finfo(a.dtype).tiny)
+    return found / _or_one(found.sum() / (n * (n - 1)))
 
 
 def angles(a: Tensor) -> Tensor:
     """Vectors [n, d] -> [n, n, n]: at [j, i, k] the cosine of the angle at j between i and k."""
     way = a[None] - a[:, None]
-    way = way / _length(way)[..., None].clamp(min=torch.finfo(a.dtype).tiny)
+    way = way / _or_one(_length(way))[..., None]
     return way @ way.transpose(1, 2)
+
+
+def _or_one(a: Tensor) -> Tensor:
+    """To divide by: what is 0 divided by next to nothing would have a gradient without bounds."""
+    return torch.where(a > 0, a, 1.0)
 
 
 def _length(a: Tensor) -> Tensor:

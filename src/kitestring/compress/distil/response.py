@@ -18,12 +18,12 @@ from kitestring.compress.distil.objective import (
     Objective,
     RowLoss,
     Seen,
+    asked,
     mean,
     over_positions,
     real,
     row_loss,
     same_shape,
-    squared,
 )
 from kitestring.errors import SettingError, TaskError
 
@@ -50,10 +50,20 @@ def binary_response(
     return temperature**2 * over_positions(yes + no, real)
 
 
+def value_response(student: Tensor, teacher: Tensor, real: Tensor | None = None) -> Tensor:
+    """The mean squared distance of values [n, ...] -> [n], at those positions alone where `real`,
+    of as many axes or fewer, holds."""
+    same_shape(student, teacher, "squared")
+    each = (student - teacher).square()
+    if real is None or each.shape[: real.ndim] != real.shape:
+        return over_positions(each, None)
+    return over_positions(each.flatten(real.ndim).mean(-1) if each.ndim > real.ndim else each, real)
+
+
 class Response(Objective):
     """(1 - a) loss + a T^2 KL, with a = `share` of the teacher. `loss` as in `Supervised`; for
     "squared" and for a function of your own, the teacher's part is the squared distance to what it
-    answers. Nothing is learnt where y is below 0. With share 1 no truth is needed."""
+    answers. Nothing is learnt where y is padding. With share 1 no truth is needed."""
 
     def __init__(
         self,
@@ -71,20 +81,21 @@ class Response(Objective):
         self.needs_teacher = share > 0
 
     def forward(self, seen: Seen) -> Tensor:
-        y, parts = seen.batch.y, []
+        batch = asked(seen.batch, self.loss)
+        y, parts = batch.y, []
         if self.share < 1:
             if y is None:
                 mend = "Give rows their y, or share=1 to learn from the teacher alone"
                 raise TaskError("the batches have no truth", "Response", mend)
-            parts.append((1 - self.share) * mean(self.loss(seen.student, y), seen.batch))
+            parts.append((1 - self.share) * mean(self.loss(seen.student, y), batch))
         if self.share > 0:
             taught = self._taught(seen.student, seen.known(), real(y))
-            parts.append(self.share * mean(taught, seen.batch))
+            parts.append(self.share * mean(taught, batch))
         return sum(parts[1:], parts[0])
 
     def _taught(self, student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
         if self.softened is None:
-            return squared(student, teacher)
+            return value_response(student, teacher, real)
         return self.softened(student, teacher, self.temperature, real)
 
 

@@ -20,6 +20,7 @@ from kitestring.compress.distil.kept import Progress, Whole, made_with, mark, re
 from kitestring.compress.distil.objective import Batch, Objective
 from kitestring.compress.distil.pair import Pair, device_of, moved, paired
 from kitestring.compress.distil.taps import evaluating
+from kitestring.compress.matrices import copied
 from kitestring.errors import SettingError, TaskError, unknown
 
 
@@ -106,7 +107,7 @@ def distil(
     or gradient is not finite; `SettingError` for a checkpoint that is damaged or of another
     training; `RunError` where none can be written."""
     s = settings or Settings()
-    module, own = copy.deepcopy(student).train(), copy.deepcopy(objective).train()
+    module, own = copied(student).train(), copy.deepcopy(objective).train()
     device = device_of(module)
     with _dice(s.seed, device), nullcontext() if teacher is None else evaluating(teacher):
         first = moved(_batch(batches, 0, module), device)

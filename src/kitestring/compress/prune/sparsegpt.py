@@ -46,6 +46,8 @@ def sparsegpt(
     found = copied(model)
     layers = matrices(found, skip)
     fine(layers, sparsity, pattern)
+    if block is not None:
+        blocks(0, block)  # which says what is wrong with it
     for name, inputs in in_turn(found, batches, layers):
         upper = factor(inputs.hessian, damping, name)
         weight = matrix(layers[name])

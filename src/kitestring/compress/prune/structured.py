@@ -8,7 +8,6 @@ the Structural Pruning of Large Language Models", 2023, arXiv 2305.11627, sectio
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kitestring.compress.matrices import copied
 from kitestring.compress.prune.coupled.atoms import Ids
 from kitestring.compress.prune.coupled.cut import cut, right
 from kitestring.compress.prune.coupled.groups import Group as Group
@@ -60,7 +60,7 @@ def slim(
     that leaves nothing, or a group that `keep` names, and `SettingError` for what makes no sense.
     """
     _sensible(keep, round_to, what)
-    original = copy.deepcopy(model).eval()
+    original = copied(model)
     _known(original, skip)
     if not isinstance(keep, Mapping) and keep == 1:
         return original
@@ -86,7 +86,7 @@ def slim(
 def groups(model: nn.Module, example: Any, what: Sequence[What] = USUAL) -> tuple[Group, ...]:
     """What `slim` can make smaller, in the order of the run. Each was cut to half to be sure."""
     _sensible(1.0, 1, what)
-    original = copy.deepcopy(model).eval()
+    original = copied(model)
     found = trace(original, example, "queries" in what)
     every = groups_of(found)
     ranks = by_magnitude(original, found, every)
@@ -98,7 +98,7 @@ def groups(model: nn.Module, example: Any, what: Sequence[What] = USUAL) -> tupl
 def magnitude(model: nn.Module, example: Any, what: Sequence[What] = USUAL) -> dict[str, Tensor]:
     """Scores for `slim`, [size] by group's name: the L2 norms of weights that go together."""
     _sensible(1.0, 1, what)
-    original = copy.deepcopy(model).eval()
+    original = copied(model)
     found = trace(original, example, "queries" in what)
     return by_magnitude(original, found, groups_of(found))
 
@@ -114,7 +114,7 @@ def taylor(
     to first order when what a part adds to later layers becomes zero. `loss(model, batch)` gives a
     single number, in evaluation. Raises `TaskError` for another, and without batches."""
     _sensible(1.0, 1, what)
-    original = copy.deepcopy(model).eval()
+    original = copied(model)
     found = trace(original, example, "queries" in what)
     return by_taylor(original, found, groups_of(found), batches, loss)
 

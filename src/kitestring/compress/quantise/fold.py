@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kitestring.compress.calibrate import call, watched
+from kitestring.errors import TaskError
 
 TRIED = 4  # modules, from the nearest one back
 
@@ -92,7 +93,7 @@ def _equal(
             raise _Differs
 
     same = False
-    with suppress(_Differs), watched(model, layers, hear):
+    with suppress(_Differs, TaskError), watched(model, layers, hear):
         for x in _tensors(call(model, batch)):
             hear("", x)
         same = next(left, None) is None

@@ -8,6 +8,7 @@ computed (dynamic), or was found beforehand, on examples (static).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -264,7 +265,11 @@ def padding(layer: nn.Conv2d) -> list[int]:
 
 
 def grid(ends: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Scale (float32 []) and zero (uint8 []) of 256 codes between two ends, 0 among them."""
+    """Scale (float32 []) and zero (uint8 []) of 256 codes between two ends, 0 among them. Raises
+    `TaskError` for ends that are not finite."""
+    if not all(map(isfinite, ends)):
+        what = f"numbers lie between {ends[0]:g} and {ends[1]:g}"
+        raise TaskError(what, "quantise", "Look for NaN and infinity in the rows; lower lr")
     low, high = min(ends[0], 0.0), max(ends[1], 0.0)
     scale = torch.tensor((high - low) / LEVELS, dtype=torch.float32)
     if scale < torch.finfo(torch.float32).tiny:  # nothing but zeros

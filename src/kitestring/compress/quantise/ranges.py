@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from math import inf
+from math import inf, isnan
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from kitestring.compress.calibrate import Batches, call, watched
-from kitestring.compress.matrices import Layer, found
+from kitestring.compress.calibrate import Batches, call, each, watched
+from kitestring.compress.matrices import Layer, found, plain
 from kitestring.compress.quantise.layers import padding
 from kitestring.errors import SettingError, TaskError
 
@@ -46,8 +46,10 @@ class _Span:
         if not x.numel():
             return
         flat = x.detach().flatten().float().clamp(*self.bounds)
-        low, high = flat.aminmax()
-        self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
+        low, high = (end.item() for end in flat.aminmax())
+        if isnan(low):  # which is neither less nor more than any number
+            low, high = -inf, inf
+        self.low, self.high = min(self.low, low), max(self.high, high)
         if self.percentile < 100:
             self.some.append(flat[:: -(-len(flat) // _SOME)].cpu().double())
 
@@ -71,11 +73,7 @@ def _quantiles(values: Tensor, shares: Tensor) -> Tensor:
 def chosen(model: nn.Module, skip: Sequence[str]) -> dict[str, Layer]:
     """The linear layers and convolutions, those in groups too; errors as `matrices.found`, and for
     padding that a convolution in whole numbers cannot have."""
-    layers: dict[str, Layer] = {**found(model, skip, nn.Linear, nn.Conv2d)}
-    for name, layer in model.named_modules():
-        left = any(name == s or name.startswith(f"{s}.") for s in skip)
-        if not left and type(layer) is nn.Conv2d and layer.groups > 1 and not layer._forward_hooks:
-            layers[name] = layer
+    layers: dict[str, Layer] = found(model, skip, nn.Linear, nn.Conv2d, in_groups=True)
     for layer in layers.values():
         if isinstance(layer, nn.Conv2d):
             padding(layer)
@@ -108,7 +106,7 @@ def observed(
     ]
     try:
         with watched(model, layers, given):
-            for batch in batches:
+            for batch in each(batches):
                 call(model, batch)
     finally:
         for hook in hooks:
@@ -149,7 +147,7 @@ def without_norms(model: nn.Module) -> nn.Module:
 
 def _behind(model: nn.Module) -> list[tuple[str, nn.Conv2d, str, nn.Module]]:
     """Convolutions with what comes right behind them in an nn.Sequential, both by name; but those
-    that are used in several places."""
+    that are used in several places, or compute in a way of their own."""
     everywhere = [m for _, m in model.named_modules(remove_duplicate=False)]
     pairs = []
     for path, part in model.named_modules():
@@ -157,7 +155,9 @@ def _behind(model: nn.Module) -> list[tuple[str, nn.Conv2d, str, nn.Module]]:
             inner = [(f"{path}.{n}".lstrip("."), m) for n, m in part._modules.items()]
             real = [(n, m) for n, m in inner if m is not None and type(m) is not nn.Identity]
             for (name, layer), (there, after) in pairwise(real):
-                if type(layer) is nn.Conv2d and everywhere.count(layer) == 1:
+                if type(layer) is not nn.Conv2d or not plain(layer):
+                    continue
+                if everywhere.count(layer) == 1:
                     pairs.append((name, layer, there, after))
     return pairs
 
@@ -174,5 +174,6 @@ def _fold(layer: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         shift = shift + norm.bias
     if layer.bias is not None:
         shift = shift + layer.bias * factor
-    layer.weight.mul_(factor[:, None, None, None])
-    layer.bias = nn.Parameter(shift)
+    trained = layer.weight.requires_grad
+    layer.weight = nn.Parameter(layer.weight * factor[:, None, None, None], trained)
+    layer.bias = nn.Parameter(shift, trained)

@@ -24,6 +24,7 @@ from kitestring.compress.distil.batches import Batches, rows
 from kitestring.compress.distil.objective import Batch
 from kitestring.compress.distil.pair import device_of
 from kitestring.compress.distil.taps import evaluating
+from kitestring.compress.distil.text.divergences import wide
 from kitestring.errors import DataError
 
 _NEVER = -1e9  # the logit of what is not in a target
@@ -111,6 +112,7 @@ def targets(
     if len(logits) != len(teacher) or logits.shape[-1] != len(teacher_pieces):
         what = f"logits {list(logits.shape)} for {len(teacher)} of {len(teacher_pieces)} tokens"
         raise DataError(what, "align", "Give one row of logits for each of the teacher's tokens")
+    logits = wide(logits)
     same = nearest(teacher_pieces, student_pieces) if same is None else same
     matched = align([student_pieces[i] for i in student], [teacher_pieces[i] for i in teacher])
     pairs = _one_to_one(matched, student, teacher, same)

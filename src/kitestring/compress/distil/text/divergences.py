@@ -103,10 +103,15 @@ class Divergence(Objective):
         return mean(losses, seen.batch)
 
 
+def wide(logits: Tensor) -> Tensor:
+    """float32 or wider: float16 holds no -1e9, and bfloat16 has too few bits for sums over V."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _logs(logits: Tensor, temperature: float) -> Tensor:
     if temperature <= 0:
         raise SettingError(f"temperature is {temperature}", "distillation", "Give more than 0")
-    return (logits.clamp(min=-1e9) / temperature).log_softmax(-1)
+    return (wide(logits).clamp(min=-1e9) / temperature).log_softmax(-1)
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:

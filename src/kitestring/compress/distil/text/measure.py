@@ -9,6 +9,7 @@ of ACL, arXiv 2204.01171, section 3; as MiniLLM (arXiv 2306.08543, section 3.3) 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,20 @@ from kitestring.compress.distil.text.divergences import forward_kl
 from kitestring.compress.distil.text.generate import probabilities, sample
 from kitestring.errors import SettingError
 
+_MOST = math.log(sys.float_info.max)
+
 
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor, batch: int = 64) -> float:
-    """exp of the mean negative log-likelihood of each token of rows [n, T + 1] but the first."""
+    """exp of the mean negative log-likelihood of each token of rows [n, T + 1] but the first;
+    infinite where that is more than a float holds."""
     total = 0.0
     with evaluating(model):
         for part in torch.split(rows, batch):
             out, y = model(part[:, :-1]), part[:, 1:]
             total += float(functional.cross_entropy(out.flatten(0, 1), y.flatten())) * y.numel()
-    return math.exp(total / rows[:, 1:].numel())
+    nats = total / rows[:, 1:].numel()
+    return math.inf if nats > _MOST else math.exp(nats)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,10 @@ def acceptance(
             q, p = (each[:, prompt - 1 :] for each in _likely(draft, target, drafted, temperature))
             own += float(torch.minimum(q, p).sum(-1).mean(1).sum())
             of_token = drafted[:, prompt:, None]
-            fate = (p.gather(-1, of_token) / q.gather(-1, of_token))[..., 0].clamp(max=1)
+            # Of two tokens that are almost alike, `sample` may have taken the other one: q is 0.
+            least = torch.finfo(q.dtype).tiny
+            fate = p.gather(-1, of_token) / q.gather(-1, of_token).clamp(min=least)
+            fate = fate[..., 0].clamp(max=1)
             tokens += float((1 + fate[:, :k].cumprod(1).sum(1)).sum())
     return Acceptance(text / n, own / n, tokens / n, k)
 

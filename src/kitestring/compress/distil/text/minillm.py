@@ -26,6 +26,7 @@ from kitestring.compress.distil.objective import (
     same_shape,
 )
 from kitestring.compress.distil.pair import device_of
+from kitestring.compress.distil.text.divergences import wide
 from kitestring.compress.distil.text.generate import mixed
 from kitestring.compress.distil.text.on_policy import dice, generated
 from kitestring.errors import SettingError, TaskError
@@ -75,8 +76,8 @@ class MiniLLM(Objective):
             raise TaskError("the batches have no drawn tokens", "MiniLLM", "Use `teacher_mixed`")
         same_shape(seen.student, seen.known(), "MiniLLM")
         drawn = y >= 0
-        q = seen.student.clamp(min=-1e9).log_softmax(-1)
-        p = seen.known().clamp(min=-1e9).log_softmax(-1)
+        q = wide(seen.student).clamp(min=-1e9).log_softmax(-1)
+        p = wide(seen.known()).clamp(min=-1e9).log_softmax(-1)
         step = (q.exp() * (q - p)).sum(-1)
         of_token = y.clamp(min=0).long()[..., None]
         own, teacher = q.gather(-1, of_token)[..., 0], p.gather(-1, of_token)[..., 0]

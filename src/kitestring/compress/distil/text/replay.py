@@ -92,9 +92,11 @@ class Replay:
     def _remember(self, drawn: Batch) -> None:
         assert drawn.y is not None
         self.drawn, self.size = self.drawn + 1, len(drawn.x)
-        old = [] if self.x is None else [(self.x, self.y)]
-        self.x = torch.cat([x for x, _ in old] + [drawn.x])[-self.room :]
-        self.y = torch.cat([y for _, y in old if y is not None] + [drawn.y])[-self.room :]
+        x, y = drawn.x, drawn.y
+        if self.x is not None and self.y is not None:  # out of a file they are on the CPU
+            x = torch.cat([self.x.to(x.device), x])
+            y = torch.cat([self.y.to(y.device), y])
+        self.x, self.y = x[-self.room :], y[-self.room :]
 
     def _recalled(self, rng: np.random.Generator) -> Batch:
         assert self.x is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from kitestring.compress.prune.coupled.call import Mark
 from kitestring.compress.prune.coupled.trace import Trace
 
 Kind: TypeAlias = Literal["channels", "heads", "neurons", "width"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

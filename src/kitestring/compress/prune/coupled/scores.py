@@ -48,9 +48,7 @@ def by_taylor(
     for batch in batches:
         with torch.enable_grad():
             value = loss(model, batch)
-            if value.ndim or not bool(value.isfinite()):
-                what = f"the loss of batch {count} is {value.tolist()!r:.60}"
-                raise TaskError(what, "taylor", "Give a loss that is one finite number")
+            _one_number(value, count)
             slopes = torch.autograd.grad(value, [named[k] for k in names], allow_unused=True)
         given = [(k, g) for k, g in zip(names, slopes, strict=True) if g is not None]
         each = {k: g * named[k].detach() for k, g in given}
@@ -60,6 +58,16 @@ def by_taylor(
     if not count:
         raise TaskError("no batches", "taylor", "Give at least one")
     return {g.name: total[torch.from_numpy(g.atoms)] / count for g in groups}
+
+
+def _one_number(value: Any, batch: int) -> None:
+    if not isinstance(value, Tensor) or value.ndim or not bool(value.isfinite()):
+        said = repr(value.tolist() if isinstance(value, Tensor) else value)
+        what = f"the loss of batch {batch} is {said:.60}"
+        raise TaskError(what, "taylor", "Give a loss that is one finite number, as a tensor")
+    if not value.requires_grad:
+        what = f"the loss of batch {batch} does not depend on the model's weights"
+        raise TaskError(what, "taylor", "Compute it of what the model gives, with gradients")
 
 
 def _along(t: Tensor, axis: int) -> Tensor:
