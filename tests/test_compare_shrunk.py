@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kitestring.comparison import shrunk
 from kitestring.comparison.methods import shown
 from kitestring.comparison.order import Order
 from kitestring.errors import KitestringError, RunError
+from kitestring.tasks import digits
 
 
 def search(
@@ -88,6 +90,18 @@ def test_a_damaged_search_is_one_line(tmp_path: Path, text: str) -> None:
 def test_no_search_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no finished search is here\. Run `kitestring shrink`"):
         Order(shrunk=str(tmp_path))
+
+
+def test_a_search_that_learnt_from_a_user_who_is_compared_on_is_refused(tmp_path: Path) -> None:
+    """Another number of made-up writers is dealt anew: the second of 16 is in the pool."""
+    folder = search(tmp_path, {"small": 3}, None)
+    of = {"task": "digits", "csv": None, "user": "", "target": "", "users": 16}
+    (tmp_path / "settings.json").write_text(json.dumps(of))
+    x = np.zeros((1, 1, 16, 16), np.uint8)
+    with pytest.raises(RunError, match=r"learnt from writer 2, .* the same --users"):
+        shrunk.programs(digits.task(), folder, 0, x)
+    with pytest.raises(RunError, match="kept no 'small'"):  # with as many it goes on
+        shrunk.programs(digits.task(16), folder, 0, x)
 
 
 def test_a_search_on_another_task_is_refused(tmp_path: Path) -> None:

@@ -165,9 +165,10 @@ def test_personal_without_held_rows_is_plain_training_of_the_last_layer() -> Non
         assert tiny.apart(Tree(_best(engine, d)), wanted) < 1e-5
 
 
-def test_a_share_held_out_that_makes_no_sense() -> None:
-    with pytest.raises(SettingError, match="held 1"):
-        Personal(held=1.0)
+@pytest.mark.parametrize("held", [-0.1, 0.7, 1.0])  # of 0.7 each row is held out, none is learnt
+def test_a_share_held_out_that_makes_no_sense(held: float) -> None:
+    with pytest.raises(SettingError, match=f"held {held}"):
+        Personal(held=held)
 
 
 # --- learn back

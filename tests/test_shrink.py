@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from kitestring.devices.profiles import PROFILES
 from kitestring.errors import SettingError
-from kitestring.shrink import page, show
+from kitestring.shrink import page, picture, show
 from kitestring.shrink.budget import Budget, Figures, Limit, What, dominates, front, nearest, parse
 from kitestring.shrink.candidates import CANDIDATES, LARGE, SHAPES, SMALL, Candidate, Shape
+from kitestring.shrink.kept import plain
 from kitestring.shrink.results import Entry, Found, change, quality
 from kitestring.shrink.search import limited, skipped, worthwhile
 from kitestring.shrink.taking import Scale, Taken
@@ -270,6 +274,45 @@ def test_only_widths_that_can_meet_the_size_are_trained() -> None:
     }
     why = dict((e.name, w) for e, w in skipped(replace(them, entries=left)))
     assert why == {"small-8-bits": "too large for the budget in every precision"}
+
+
+def test_what_cannot_be_made_after_all_is_not_the_nearest() -> None:
+    them = found("50B")
+    small = replace(them.entries["small"], why="made up: no", scores={}, test={})
+    entries = {**them.entries, "small": small}
+    assert replace(them, entries=entries).nearest.name == "small-8-bits"
+    assert (
+        plain(replace(them, entries=entries), None, None, "")["candidates"]["small"]["why_not"]
+        == "made up: no"
+    )
+
+
+def test_no_figure_is_cut_in_the_terminal() -> None:
+    them = found()
+    best = {"accuracy": [[1.0] * 4] * 2}
+    entries = {n: replace(e, test=best) if e.test else e for n, e in them.entries.items()}
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(show.table(replace(them, entries=entries)))
+    lines = [line for line in capture.get().splitlines() if "100.0%" in line]
+    assert len(lines) == len(MADE_UP)
+    assert all(line.count("100.0%") == 3 for line in lines)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_neither_drawn_nor_json(odd: float, tmp_path: Path) -> None:
+    """Be it of one model or of all."""
+    them = found("1kB", rmse)
+    for names in (["large"], list(MADE_UP)):
+        scores = {rmse.name: [[odd] * 4] * 2}
+        entries = {
+            n: replace(e, scores=scores, test=scores) if n in names else e
+            for n, e in them.entries.items()
+        }
+        odd_one = replace(them, entries=entries)
+        picture.draw(odd_one, "made up", tmp_path)
+        assert "<svg" in page.page(odd_one, None, None, "")
+        json.dumps(plain(odd_one, None, None, ""), allow_nan=False)
 
 
 def test_quality_over_users_and_seeds() -> None:

@@ -73,8 +73,7 @@ def variants(folder: str) -> list[Variant]:
     front.sort(key=lambda v: v.size)
     last, room = len(front) - 1, _MOST - len(choice)
     spread = {round(i * last / max(1, room - 1)) for i in range(room)}
-    shown = [v for i, v in enumerate(front) if i in spread or v in choice]
-    return shown
+    return [v for i, v in enumerate(front) if i in spread or v in choice]
 
 
 def methods(folder: str) -> Mapping[str, Method]:
@@ -93,19 +92,31 @@ def _trials(model: str, budget: Budget) -> list[Shrunk]:
 
 def programs(task: Task, folder: str, seed: int, some_x: Array) -> dict[str, Program]:
     """Of each variant what it is, and what answers a request. A comparison with more seeds than the
-    search had begins again with the first."""
+    search had begins again with the first. Raises `RunError` where users that are compared on were
+    in the search's pool, which models have learnt from."""
     made: dict[str, Program] = {}
     if not folder:
         return made
     from kitestring.shrink.answer import program
-    from kitestring.shrink.models import load
+    from kitestring.shrink.models import load, task_of
 
+    _unseen(task, task_of(Path(folder)), folder)
     seeds = int(_read(Path(folder))["seeds"])
     for v in variants(folder):
         answers = program(task, load(Path(folder), v.name, seed % seeds), some_x)
         made[v.method] = replace(answers, name=v.method, after=None)
         made[f"{v.method}.answer"] = replace(answers, name=f"{v.method}.answer")
     return made
+
+
+def _unseen(task: Task, searched: Task, folder: str) -> None:
+    mine, theirs = task.users, searched.users
+    if mine.devices == theirs.devices and mine.pool == theirs.pool:
+        return
+    learnt = {theirs.names[i] for i in theirs.pool}
+    if seen := [name for name in (mine.names[i] for i in mine.devices) if name in learnt]:
+        what = f"its models learnt from {seen[0]}, on whom they would be compared"
+        raise RunError(what, folder, "Search and compare with the same --users")
 
 
 def note(folder: str) -> list[str]:

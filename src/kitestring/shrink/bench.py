@@ -92,7 +92,7 @@ class Bench:
         teacher = self.model(Candidate(LARGE), seed) if shape.taught else None
         student = self._start(shape, seed, teacher)
         file = models.path(self.folder, job.candidate, seed)
-        checkpoint = file.with_suffix(".part.pt")
+        checkpoint = file.with_suffix(".checkpoint")
         done = trained(
             self.task, student, teacher, self.pool, seed, checkpoint,
             lambda step, of, loss: heard(step / of), begun=shape.keep != 1,

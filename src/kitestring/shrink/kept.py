@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ def _entry(found: Found, entry: Entry) -> dict[str, Any]:
         "scaled": asdict(found.figures(entry)),
         "here": asdict(entry.taken),
     }
+    if entry.why:
+        said["why_not"] = entry.why
     for split, by_metric in (("validation", entry.scores), ("test", entry.test)):
         if by_metric:
             said[split] = _judged(found, by_metric)
@@ -75,11 +77,13 @@ def _judged(found: Found, by_metric: Mapping[str, Scores]) -> dict[str, Any]:
 
 
 def _scores(by_metric: Mapping[str, Scores]) -> Any:
-    """By metric, seed and user; null where it is undefined."""
-    return {
-        name: [[None if math.isnan(x) else x for x in seed] for seed in scores]
-        for name, scores in by_metric.items()
-    }
+    """By metric, seed and user."""
+    return {name: [_known(seed) for seed in scores] for name, scores in by_metric.items()}
+
+
+def _known(scores: Sequence[float]) -> list[float | None]:
+    """Null where JSON has no number: undefined, or endless."""
+    return [x if math.isfinite(x) else None for x in scores]
 
 
 def _remeasured(found: Found, done: Packed) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def _remeasured(found: Found, done: Packed) -> dict[str, Any]:
         "package_bytes": done.size,
         "here": asdict(done.taken),
         "scaled": asdict(found.scale(done.taken)),
-        "validation": [None if math.isnan(x) else x for x in done.scores],
+        "validation": _known(done.scores),
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -65,7 +67,9 @@ def widths(whole: nn.Module, module: nn.Module) -> Any:
 
 def kept_widths(folder: Path, candidate: Candidate, seed: int) -> Any:
     """Of a candidate that was kept."""
-    return json.loads(path(folder, candidate, seed).with_suffix(".json").read_text("utf-8"))
+    file = path(folder, candidate, seed).with_suffix(".json")
+    with _readable(file):
+        return json.loads(file.read_text("utf-8"))
 
 
 def read(
@@ -78,8 +82,29 @@ def read(
         module = reshape(module, kept_widths(folder, candidate, seed))
     if candidate.precision != "float32":
         module = compressed(module, candidate.precision, pool().some, draft=True)
-    fill(module, load_file(file), str(file))
+    with _readable(file):
+        weights = load_file(file)
+    fill(module, weights, str(file))
     return module.eval()
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Raises `RunError` where the file is gone or damaged."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as problem:
+        what = f"cannot be read: {type(problem).__name__}: {problem}"
+        raise RunError(what, str(file), "Search anew with --fresh") from None
+
+
+def task_of(folder: Path) -> Task:
+    """What was searched on, with as many users as it had. Raises `RunError` where no search is."""
+    found = settings(folder)
+    if found is None:
+        raise RunError("no search is here", str(folder), "Name a folder that shrink has written")
+    data_of = {key: found[key] for key in ("task", "csv", "user", "target", "users")}
+    return data.checked(Order(**data_of).load())
 
 
 def load(folder: Path, name: str, seed: int = 0) -> nn.Module:
@@ -89,14 +114,10 @@ def load(folder: Path, name: str, seed: int = 0) -> nn.Module:
     folder = Path(folder)
     if name not in CANDIDATES:
         raise unknown("model", name, CANDIDATES)
-    found = settings(folder)
-    if found is None:
-        raise RunError("no search is here", str(folder), "Name a folder that shrink has written")
+    task = task_of(folder)
     candidate = CANDIDATES[name]
     if not path(folder, candidate, seed).is_file():
         there = sorted(file.stem for file in (folder / MODELS).glob("*.safetensors"))
         what = f"the search kept no {name!r} of seed {seed}"
         raise RunError(what, str(folder), f"It kept: {', '.join(there) or 'none'}")
-    data_of = {key: found[key] for key in ("task", "csv", "user", "target", "users")}
-    task = data.checked(Order(**data_of).load())
     return read(task, folder, candidate, seed, cache(lambda: data.pool(task)))

@@ -176,6 +176,7 @@ def _hurt(found: Found, before: str, scores: tuple[Scores, Scores], change: Chan
 def _tables(found: Found) -> str:
     tested = show.listed(found)
     every = [e for e in found.entries.values() if e.taken is not None]
+    by_size = sorted(every, key=lambda e: found.figures(e).size)
     front = found.front
     served = [
         [
@@ -193,9 +194,8 @@ def _tables(found: Found) -> str:
             *_validated(found, e),
             cell("yes" if e in front else "no" if e.scores else units.UNKNOWN),
         ]
-        for e in sorted(every, key=lambda e: found.figures(e).size)
+        for e in by_size
     ]
-    by_size = sorted(every, key=lambda e: found.figures(e).size)
     takes = ["file", f"time p50 {SCALED}", f"p95 {SCALED}", "memory"]
     return (
         "<h2>The figures</h2>\n<h3>Test rows, served once: the front and what it is held "
@@ -271,10 +271,10 @@ def _basis(found: Found, command: str) -> str:
     }
     if found.seconds is not None:
         values["The search took"] = units.duration(found.seconds)
-    figure = f"<p><code>{escape(command)}</code></p>\n" if command else ""
+    again = f"<p><code>{escape(command)}</code></p>\n" if command else ""
     return (
         f"<h2>How the figures come about</h2>\n{bullets(show.basis(found.scale))}"
-        f"<h2>To reproduce</h2>\n{figure}{facts(values)}"
+        f"<h2>To reproduce</h2>\n{again}{facts(values)}"
     )
 
 

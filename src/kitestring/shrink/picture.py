@@ -67,7 +67,7 @@ def users_plot(
     def drawn(figure: Figure) -> None:
         axes = figure.add_axes((0.17, 0.17, 0.81, 0.72))
         for (label, c), colour in zip(changes, colours, strict=False):
-            each = sorted(x for x in c.each if not math.isnan(x))
+            each = sorted(x for x in c.each if math.isfinite(x))
             at = [(i + 0.5) / len(each) for i in range(len(each))]
             axes.plot(at, each, color=colour, linewidth=1.8, label=label, drawstyle="steps-mid")
             if c is changes[0][1]:
@@ -86,8 +86,10 @@ def users_plot(
 
 
 def panel(axes: Axes, found: Found, what: What) -> None:
-    """Mean quality on validation rows against bytes or seconds."""
-    judged, choice = found.judged, found.choice
+    """Mean quality on validation rows against bytes or seconds; empty where none is a number."""
+    judged, choice = [e for e in found.judged if math.isfinite(_mean(found, e))], found.choice
+    if not judged:
+        return
     points = [(_at(found, e, what), _mean(found, e)) for e in judged]
     xs, ys = zip(*points, strict=True)
     low, high = min(ys), max(ys)

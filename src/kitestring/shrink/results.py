@@ -49,8 +49,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate. `taken` is None where it could not be made, `why` says so; without `scores` it
-    was left out. `size`: bytes of its file once it is trained."""
+    """A candidate. `why` says why it could not be made; `taken` is None where not even untrained.
+    Without `scores` it was left out. `size`: bytes of its file once it is trained."""
 
     candidate: Candidate
     taken: Taken | None = None
@@ -124,7 +124,7 @@ class Found:
     @property
     def nearest(self) -> Entry:
         """What comes nearest to meeting the budget."""
-        there = {n: self.figures(e) for n, e in self.entries.items() if e.taken}
+        there = {n: self.figures(e) for n, e in self.entries.items() if e.taken and not e.why}
         return self.entries[nearest(there, self.budget)]
 
     @property
@@ -139,6 +139,7 @@ def figures(entry: Entry, scale: Scale) -> Figures:
     return Figures(size, scaled.p50, scaled.p95, scaled.memory)
 
 
+@np.errstate(invalid="ignore")  # an error may be endless: a difference of two is none
 def quality(scores: Scores, metric: Metric) -> Quality:
     seeds = [[s for s in seed if not math.isnan(s)] for seed in scores]
     filled = [seed for seed in seeds if seed]
@@ -154,6 +155,7 @@ def quality(scores: Scores, metric: Metric) -> Quality:
     )
 
 
+@np.errstate(invalid="ignore")
 def change(now: Scores, before: Scores, rows: Sequence[int], metric: Metric) -> Change:
     """`rows`: of each user."""
     sign = 1.0 if metric.higher_is_better else -1.0

@@ -18,7 +18,7 @@ from kitestring.devices.profiles import profile
 from kitestring.errors import KitestringError
 from kitestring.shrink.answer import Answer, answer
 from kitestring.shrink.bench import Bench, Job, Judging
-from kitestring.shrink.budget import Budget, Limit
+from kitestring.shrink.budget import Budget, Limit, nearest
 from kitestring.shrink.candidates import LARGE, PRECISIONS, REFERENCES, SHAPES, Candidate, Shape
 from kitestring.shrink.make import compressed
 from kitestring.shrink.results import Entry, Found, figures
@@ -155,7 +155,7 @@ def worthwhile(entries: Mapping[str, Entry], budget: Budget, scale: Scale) -> li
     if any(budget.meets(f) for f in there.values()):
         fit = [n for n, f in there.items() if most is None or f.size <= most]
     else:
-        fit = [min(there, key=lambda n: (budget.share(there[n]), there[n].size))]
+        fit = [nearest(there, budget)]
     wanted = [entries[n].candidate.shape for n in fit]
     wanted += [c.shape for c in REFERENCES if entries[c.slug].taken]
     wanted += [before for shape in wanted for before in shape.after]

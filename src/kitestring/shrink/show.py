@@ -68,7 +68,7 @@ def _figures(found: Found, shown: Sequence[Entry]) -> Table:
     out = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     out.add_column("", max_width=42)
     for column in ("file", "time~", "mean", "p10", "worst 10%"):
-        wide = 5 if column == "worst 10%" else None
+        wide = 6 if column == "worst 10%" else None  # 100.0%
         out.add_column(column, justify="right", vertical="bottom", max_width=wide)
     choice, front = found.choice, found.front
     for e in shown:

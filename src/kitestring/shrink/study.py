@@ -51,16 +51,19 @@ class Study:
 def claimed(folder: Path, order: Order, resume: bool, fresh: bool) -> Iterator[Callable[[], Study]]:
     """The folder, for one search at a time. What is given clears it, unless the search goes on, and
     opens the study. A search that is not finished is not lost."""
+    if resume and settings(folder) is None:
+        raise RunError("nothing to resume", str(folder), "Run it without --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = sqlite3.connect(folder / "lock.sqlite", isolation_level=None, timeout=2)
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
+    except sqlite3.Error as problem:
+        if problem.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+            raise _useless(folder, str(problem)) from None
         mend = "Wait for it, or give another --out"
         raise RunError("another search is running here", str(folder), mend) from None
     except OSError as problem:
-        what = f"cannot be used: {problem.strerror}"
-        raise RunError(what, str(folder), "Give another --out") from None
+        raise _useless(folder, str(problem.strerror)) from None
     opened: list[Study] = []
     try:
         _may(folder, order, resume, fresh)
@@ -83,11 +86,13 @@ def claimed(folder: Path, order: Order, resume: bool, fresh: bool) -> Iterator[C
         lock.close()
 
 
+def _useless(folder: Path, why: str) -> RunError:
+    return RunError(f"cannot be used: {why}", str(folder), "Give another --out")
+
+
 def _may(folder: Path, order: Order, resume: bool, fresh: bool) -> None:
     """Raises `RunError` where what is there is another search, or would be lost."""
     there = settings(folder)
-    if resume and there is None:
-        raise RunError("nothing to resume", str(folder), "Run it without --resume")
     if resume:
         wanted = {k: v for k, v in _plain(order).items() if k not in _JUDGED}
         if odd := [k for k, v in wanted.items() if (there or {}).get(k) != v]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from kitestring.compress.distil.batches import rows
 from kitestring.compress.distil.objective import Batch, Objective, Seen, Supervised
 from kitestring.compress.distil.response import Response
 from kitestring.compress.distil.train import Distilled, Settings, distil
+from kitestring.errors import TaskError
 from kitestring.shrink.data import Pool, parts
 from kitestring.tasks.task import Task
 
@@ -48,7 +50,12 @@ def trained(
     score = _held(objective, teacher, pool)
 
     def trial(rate: float) -> float:
-        return score(run(replace(how, lr=rate, steps=max(1, how.steps // _TRIAL))).module)
+        try:
+            tried = run(replace(how, lr=rate, steps=max(1, how.steps // _TRIAL)))
+        except TaskError:  # too high a rate; what is wrong with all, the training itself tells
+            return math.inf
+        held = score(tried.module)
+        return held if math.isfinite(held) else math.inf
 
     rates = _rates(task)
     best = min(rates, key=trial) if len(rates) > 1 else rates[0]

@@ -2,8 +2,8 @@
 down.
 
 Hinton, Vinyals, Dean: "Distilling the knowledge in a neural network", arXiv 1503.02531, section 2:
-the small model learns from labels and from the large model's softened answers. With `bits=8` it is
-sent and kept in 8 bits: whole numbers and one scale for each output row of a weight (Jacob et al.,
+the small model learns from labels and from the large model's softened answers. `EightBits` sends
+and keeps it in 8 bits: whole numbers and one scale for each output row of a weight (Jacob et al.,
 "Quantization and training of neural networks", CVPR 2018, section 2.1, symmetric). The device
 computes in float32 either way.
 """

@@ -64,8 +64,8 @@ class Personal:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held < 1:
-            raise SettingError(f"held {self.held}", "Personal", "Give a share in [0, 1)")
+        if not 0 <= self.held <= 0.5:  # every second row at the most: the others are trained on
+            raise SettingError(f"held {self.held}", "Personal", "Give a share in [0, 0.5]")
 
     @staticmethod
     def trials(budget: Budget) -> list[Personal]:
