@@ -43,13 +43,14 @@ from kitestring.devices.runtime.settled import settled
 from kitestring.export.graphs import predict_graph
 
 CALIBRATED, SEEDS = 128, 3  # windows, and draws of them
-RECOVERY = 300  # steps of distillation after structured pruning
+RECOVERY = 300  # steps of distillation after structured pruning, of the CNN
+OF_TEXT = 100  # the same of the language model
 Made = Callable[[nn.Module, list[Tensor], int], nn.Module]
 
 
 def _recovered(model: nn.Module, original: nn.Module, seed: int) -> nn.Module:
-    data = text(windows("train", RECOVERY * 32, 77 + seed), batch=32, seed=seed)
-    how = Settings(RECOVERY, 32, 5e-4, "adamw", 0.01, 20, seed=seed)
+    data = text(windows("train", OF_TEXT * 32, 77 + seed), batch=32, seed=seed)
+    how = Settings(OF_TEXT, 32, 1e-3, "adamw", 0.01, 10, seed=seed)
     objective = divergences.Divergence(divergences.forward_kl)
     return distil(model, original, data, objective, how).module
 
