@@ -52,7 +52,7 @@ class Case:
 
 CASES = {
     "digits": Case("digits", 1500, 3e-3, 1500, 5),
-    "qmnist": Case("qmnist", 2000, 3e-3, 2000, 3),
+    "qmnist": Case("qmnist", 1000, 3e-3, 2000, 3),
 }
 METHODS: dict[str, tuple[str, Callable[[int], Objective] | None]] = {
     "alone": ("-", None),
