@@ -58,8 +58,8 @@ class Seen:
 
 
 class Objective(nn.Module):
-    """A scalar to minimise. Its parameters, such as regressors, are trained with the student; its
-    buffers, such as memories, are kept with it.
+    """`forward(seen: Seen)` gives a scalar to minimise. Its parameters, such as regressors, are
+    trained with the student; its buffers, such as memories, are kept with it.
 
     A tap is a submodule's dotted name, and stands for its output (for a tuple, its first tensor;
     of a submodule that is called more than once, the last). `taps.HIDDEN` and `taps.MAPS` are taps
@@ -68,9 +68,6 @@ class Objective(nn.Module):
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     needs_teacher: bool = True
-
-    def forward(self, seen: Seen) -> Tensor:
-        raise NotImplementedError
 
     def ready(self, seen: Seen) -> None:
         """Called once, with a first batch: make parameters of the right shapes."""
